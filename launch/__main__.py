@@ -1,0 +1,214 @@
+"""`python -m launch +recipe=<name> [key=value ...]`: compose, plan, submit, and stay until the deployment ends."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import submitit
+from rich.console import Console
+
+from launch import watch
+from launch.compose import Launch, choices, read
+from launch.dry_run import describe
+from launch.errors import ConfigError, DeploymentError, LaunchError, NameTakenError
+from launch.plan import Plan, plan
+from launch.progress import Display, endpoint_text
+from launch.recipe import Launcher, Wait
+from launch.records import Job, Phase, RunDirectory
+from launch.watch import View
+from slurm import executors
+
+HELP = """python -m launch +recipe=<name> [key=value ...]
+
+recipes    {recipes}
+clusters   {clusters}          cluster=<name>, default local
+launcher   slurm, local, debug          launcher=<name>, default the cluster's
+keys       any of conf/schema.py: roles.decode.replicas=2, engine.args.max_model_len=8192, slurm.account=x
+wait       wait=true stays until the end (Ctrl-C stops the deployment), wait=ready until it serves, wait=false not at all
+dry run    dry_run=true prints the plan, the batch script and every command, and touches nothing
+
+then       python -m launch.status NAME, launch.logs NAME [member], launch.stop NAME
+"""
+QUEUE_POLL_S = 5.0
+STOP_WAIT_S = 60.0
+
+
+def main() -> int:
+    """Launch; 0 when the deployment did what was asked, 1 with a message when not."""
+    arguments = sys.argv[1:]
+    if {"--help", "-h"} & set(arguments):
+        print(HELP.format(recipes=", ".join(choices("recipe")), clusters=", ".join(choices("cluster"))))
+        return 0
+    try:
+        launch(read(arguments), Console(soft_wrap=True))
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def launch(asked: Launch, console: Console) -> None:
+    """Do what was asked.
+
+    Raises:
+        LaunchError: It could not be done; nothing of it is left running.
+    """
+    where = plan(asked.recipe)
+    run = RunDirectory(asked.runs_dir / asked.recipe.name)
+    if asked.dry_run:
+        print(describe(asked, where, run.path))
+        return
+    executors.check(asked.launcher, asked.recipe, where, executors.gpus_here())
+    _check_model(asked)
+    alive = watch.where_alive(run)
+    if alive:
+        raise NameTakenError(run.name, alive)
+    interrupted = threading.Event()
+    with _on_interrupt(interrupted):
+        job = submit(asked, where, run)
+        console.print(f"{run.name} submitted: {asked.launcher}, job {run.job().id}, logs in {run.path}/logs/latest")
+        if asked.launcher is Launcher.DEBUG:
+            _run_here(job, run, console, interrupted)
+        elif asked.wait is not Wait.NO:
+            attend(asked, run, job, console, interrupted)
+
+
+def submit(asked: Launch, where: Plan, run: RunDirectory) -> submitit.Job[None]:
+    """Write the run directory and submit; the job's number goes into `job.json`."""
+    before = run.job()
+    attempt = before.attempt + 1 if before else 1
+    run.prepare(asked.recipe, where, attempt)
+    record = Job(launcher=asked.launcher, attempt=attempt, id="", host=socket.gethostname(), submitted_at=time.time())
+    run.put_job(record)
+    job = executors.submit(asked.launcher, asked.recipe, where, run.path, run.logs(attempt))
+    record.id = str(job.job_id)
+    run.put_job(record)
+    return job
+
+
+def attend(
+    asked: Launch, run: RunDirectory, job: submitit.Job[None], console: Console, interrupted: threading.Event
+) -> None:
+    """Show progress until the deployment is ready, and then, unless only that was waited for, until it ends.
+
+    Raises:
+        DeploymentError: It failed, or ended by itself.
+    """
+    announced = False
+    with Display(console, run.name) as display:
+        for view, note in _views(run):
+            display.show(view.rows, note)
+            _raise_if_failed(run, job, view, console)
+            if view.phase is Phase.READY and view.endpoint and not announced:
+                announced = True
+                console.print(endpoint_text(view.endpoint), highlight=False, markup=False)
+                if asked.wait is Wait.READY:
+                    return
+                console.print("Ctrl-C stops the deployment", highlight=False)
+            if interrupted.is_set():
+                break
+            if view.ended:
+                return
+    _stop(asked, run, console)
+
+
+def _run_here(job: submitit.Job[None], run: RunDirectory, console: Console, interrupted: threading.Event) -> None:
+    """The debug executor: everything in this process, progress from a thread beside it."""
+    done = threading.Event()
+
+    def show() -> None:
+        announced = False
+        with Display(console, run.name) as display:
+            for view, note in _views(run):
+                display.show(view.rows, note)
+                if view.phase is Phase.READY and view.endpoint and not announced:
+                    announced = True
+                    console.print(endpoint_text(view.endpoint), highlight=False, markup=False)
+                if done.is_set():
+                    return
+
+    thread = threading.Thread(target=show, name="progress", daemon=True)
+    thread.start()
+    error = job.exception()  # runs the job; results() would open a debugger at an error
+    done.set()
+    thread.join()
+    if error is not None:
+        raise error if isinstance(error, LaunchError) else DeploymentError(str(error))
+
+
+def _stop(asked: Launch, run: RunDirectory, console: Console) -> None:
+    console.print("stopping; Ctrl-C again ends it at once", highlight=False)
+    again = threading.Event()
+    with _on_interrupt(again, lambda: watch.signal_agents(run, signal.SIGTERM)), Display(console, run.name) as display:
+        watch.stop(run, asked.recipe.engine.drain_s + STOP_WAIT_S, lambda view: display.show(view.rows, "stopping"))
+    console.print(f"{run.name} stopped", highlight=False)
+
+
+def _views(run: RunDirectory) -> Iterator[tuple[View, str]]:
+    """How the deployment is, four times a second; Slurm is asked less often."""
+    asked_at, note = 0.0, ""
+    while True:
+        view = watch.look(run)
+        if view.job.launcher is Launcher.SLURM and time.monotonic() - asked_at > QUEUE_POLL_S:
+            asked_at = time.monotonic()
+            state, reason = watch.slurm_state(view.job.id)
+            note = f"job {view.job.id} {(state or '').lower()} {reason}".strip() if not view.ranks else ""
+            if state in watch.ENDED_SLURM_STATES and not view.ended:
+                _raise_ended(run, watch.look(run), f"Slurm says {state or 'nothing'} of job {view.job.id}")
+        yield view, note
+        time.sleep(watch.POLL_S)
+
+
+def _raise_if_failed(run: RunDirectory, job: submitit.Job[None], view: View, console: Console) -> None:
+    if view.failure:
+        watch.stop(run, STOP_WAIT_S)
+        raise DeploymentError(view.failure)
+    if view.job.launcher is Launcher.LOCAL and not view.ended and job.done():
+        _raise_ended(run, watch.look(run), "the local executor's processes have ended")
+
+
+def _raise_ended(run: RunDirectory, view: View, how: str) -> None:
+    if view.ended and not view.failure:
+        return
+    raise DeploymentError(view.failure or f"{run.name} ended before its time ({how}):\n{watch.agent_logs(run, view.job)}")
+
+
+def _check_model(asked: Launch) -> None:
+    model = asked.recipe.model
+    if model.tiny:
+        from launch.tiny_model import make_tiny_model
+
+        make_tiny_model(Path(model.path))
+    elif not (Path(model.path) / "config.json").is_file():
+        raise ConfigError(
+            f"model.path={model.path} is not a folder with a config.json: download the model there, "
+            "or say where it is with model.path=<folder>"
+        )
+
+
+@contextlib.contextmanager
+def _on_interrupt(event: threading.Event, act: object = None) -> Iterator[None]:
+    """Ctrl-C and SIGTERM set the event, and act; they do not interrupt what runs."""
+
+    def handle(signum: int, frame: object) -> None:
+        event.set()
+        if callable(act):
+            act()
+
+    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

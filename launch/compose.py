@@ -1,0 +1,201 @@
+"""From the command line to a frozen recipe: compose with Hydra, convert once, refuse with the nearest valid name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import conf
+from conf import schema
+from launch.errors import ConfigError, closest
+from launch.recipe import (
+    Backend,
+    Batch,
+    Cluster,
+    Control,
+    Engine,
+    Frontend,
+    Kind,
+    Launcher,
+    Model,
+    Recipe,
+    Role,
+    RouterMode,
+    Wait,
+)
+
+E = TypeVar("E", bound=StrEnum)
+GROUPS = ("recipe", "cluster")
+TINY = "tiny:"
+FREE_FORM = re.compile(r"\.(args|env|sbatch)\.")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """One call of `python -m launch`: the recipe, and how to go about it."""
+
+    recipe: Recipe
+    launcher: Launcher
+    wait: Wait
+    dry_run: bool
+    runs_dir: Path
+    overrides: tuple[str, ...]
+
+
+def read(overrides: Sequence[str]) -> Launch:
+    """Compose `conf/config.yaml` with the user's overrides and convert the result.
+
+    Raises:
+        ConfigError: An override, a recipe or a value cannot be used; the message says which and what would do.
+    """
+    try:
+        config = _compose([_spelled_out(text) for text in overrides])
+        written = OmegaConf.to_object(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, overrides)) from error
+    assert isinstance(written, schema.Config)
+    return _convert(written, tuple(overrides))
+
+
+def choices(group: str) -> tuple[str, ...]:
+    """The names of the shipped files of a config group (`recipe`, `cluster`)."""
+    folder = Path(conf.__file__).parent / group
+    return tuple(sorted(path.stem for path in folder.glob("*.yaml")))
+
+
+def to_yaml(config: Mapping[str, Any]) -> str:
+    """A mapping as YAML, keys in their order."""
+    return OmegaConf.to_yaml(OmegaConf.create(dict(config)))
+
+
+def _spelled_out(override: str) -> str:
+    """Add the plus that Hydra asks for where a user cannot know it: the recipe, and keys below free-form mappings."""
+    key = override.partition("=")[0]
+    if key == "recipe":
+        return f"+{override}"
+    return f"++{override}" if FREE_FORM.search(key) and override[0].isalpha() else override
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    schema.register()
+    GlobalHydra.instance().clear()
+    with initialize_config_module(version_base="1.3", config_module="conf"):
+        return compose(config_name="config", overrides=list(overrides))
+
+
+def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
+    if not NAME.fullmatch(written.name):
+        raise ConfigError(f"name={written.name!r} cannot name a folder: use letters, digits, '_', '-' and '.'")
+    _refuse_missing(written)
+    path = Path(written.model.path.removeprefix(TINY)).expanduser().absolute()
+    recipe = Recipe(
+        name=written.name,
+        model=Model(path=str(path), name=written.model.name or path.name, tiny=written.model.path.startswith(TINY)),
+        roles=tuple(
+            Role(kind=kind, **_fields(role))
+            for kind in Kind
+            if (role := getattr(written.roles, kind.value)).replicas != 0
+        ),
+        engine=Engine(**_fields(written.engine, backend=word(Backend, "engine.backend", written.engine.backend))),
+        control=Control(**_fields(written.control)),
+        frontend=Frontend(**_fields(written.frontend, router=word(RouterMode, "frontend.router", written.frontend.router))),
+        cluster=Cluster(**_fields(written.cluster, launcher=word(Launcher, "cluster.launcher", written.cluster.launcher))),
+        slurm=Batch(
+            **_fields(written.slurm, setup=tuple(written.slurm.setup), srun_args=tuple(written.slurm.srun_args))
+        ),
+    )
+    return Launch(
+        recipe=recipe,
+        launcher=word(Launcher, "launcher", written.launcher) if written.launcher else recipe.cluster.launcher,
+        wait=_wait(written.wait),
+        dry_run=written.dry_run,
+        runs_dir=Path(written.runs_dir).expanduser().absolute(),
+        overrides=overrides,
+    )
+
+
+def word(kind: type[E], key: str, value: str) -> E:
+    """The member of an enumeration that the user's word stands for.
+
+    Raises:
+        ConfigError: There is none; the message lists them.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        raise ConfigError(f"{key} is one of {', '.join(kind)}, got {value!r}{closest(value, kind)}") from None
+
+
+def _fields(written: Any, **converted: Any) -> dict[str, Any]:
+    return {item.name: getattr(written, item.name) for item in fields(written)} | converted
+
+
+def _wait(value: Any) -> Wait:
+    words: dict[Any, Wait] = {True: Wait.STOPPED, False: Wait.NO, "true": Wait.STOPPED, "false": Wait.NO}
+    return words.get(value) or word(Wait, "wait", str(value))
+
+
+def _refuse_missing(written: Any, prefix: str = "") -> None:
+    for item in fields(written):
+        value = getattr(written, item.name)
+        key = f"{prefix}{item.name}"
+        if value == "???":
+            raise ConfigError(f"{key} has no value: add {key}=<value>")
+        if is_dataclass(value):
+            _refuse_missing(value, f"{key}.")
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    """Hydra's complaint, led by the valid name nearest to what was written."""
+    text = " ".join(str(cause).strip() for cause in (error, error.__cause__) if cause)
+    if "missing mandatory value: name" in text:
+        return f"nothing to launch: add +recipe=<name>, one of {', '.join(choices('recipe'))}"
+    for group in GROUPS:
+        for override in overrides:
+            key, _, value = override.partition("=")
+            if key.lstrip("+") == group and value and value not in choices(group):
+                return f"no {group} named {value!r}{closest(value, choices(group))}; there are {', '.join(choices(group))}"
+    for override in overrides:
+        key = re.split(r"[=@]", override.lstrip("+~"), maxsplit=1)[0]
+        if key.split(".")[0] in GROUPS and "." not in key:
+            continue
+        unknown = unknown_key(key)
+        if unknown:
+            return unknown
+    named = re.search(r"Key '([^']+)' (?:is )?not in", text)
+    full = re.search(r"full_key: (\S+)", text)
+    if named and full:
+        return unknown_key(full.group(1)) or text
+    return text
+
+
+def unknown_key(key: str) -> str | None:
+    """What is wrong with a dotted key of the configuration, or None when the schema has it."""
+    node: Any = schema.Config
+    path: list[str] = []
+    for part in key.split("."):
+        if not is_dataclass(node):
+            return None
+        names = {item.name: item.type for item in fields(node)}
+        if part not in names:
+            where = ".".join(path) or "the configuration"
+            near = closest(part, names)
+            return f"unknown key {key!r}{near or ';'} {where} has {', '.join(names)}"
+        path.append(part)
+        node = _dataclass_of(str(names[part]))
+    return None
+
+
+def _dataclass_of(annotation: str) -> Any:
+    return getattr(schema, annotation.split(" |")[0], None)

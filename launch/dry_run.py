@@ -1,0 +1,75 @@
+"""Everything that a launch would do, as text; nothing is touched."""
+
+from __future__ import annotations
+
+import io
+import shlex
+import sys
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from launch.compose import Launch
+from launch.plan import Plan
+from launch.recipe import Backend, Launcher
+from slurm import commands, executors
+from slurm.places import planned
+from workers.engine.arguments import engine_arguments
+
+
+def describe(asked: Launch, plan: Plan, run_dir: Path) -> str:
+    """The plan, the batch script, and the command, environment and engine arguments of each member."""
+    parts = [
+        f"# plan: {plan.ranks} ranks, {len(plan.members)} engine members, launcher {asked.launcher}",
+        plan_table(plan),
+        "Ports are offsets into the block that each rank claims when it starts (20000 to 32767, from the job's id).\n",
+    ]
+    if asked.launcher is Launcher.SLURM:
+        folder = run_dir / "logs" / "attempt_<n>"
+        text = executors.script(asked.recipe, plan, folder, shlex.quote(sys.executable))
+        parts.append(f"# batch script\n{text}")
+    parts.append(_members(asked, plan, run_dir))
+    if not asked.recipe.model.tiny and not (Path(asked.recipe.model.path) / "config.json").is_file():
+        parts.append(f"# warning: {asked.recipe.model.path} is not there yet\n")
+    go = [word for word in asked.overrides if word.partition("=")[0] != "dry_run"]
+    parts.append(f"# to go on\n{shlex.join(['python', '-m', 'launch', *go])}")
+    return "\n".join(parts)
+
+
+def plan_table(plan: Plan) -> str:
+    """Ranks, members, slots and ports."""
+    table = Table(title=None)
+    for column in ("rank", "member", "slots", "requests", "metrics", "rendezvous", "side channel"):
+        table.add_column(column)
+    for member in plan.members:
+        ports = member.ports
+        table.add_row(
+            str(member.rank),
+            member.name,
+            ",".join(map(str, member.slots)),
+            f"+{ports.requests}" if member.leader else "",
+            f"+{ports.metrics}" if member.leader else "",
+            f"+{ports.rendezvous}" if member.leader and member.nodes > 1 else "",
+            f"+{ports.side_channel}" if member.leader else "",
+        )
+    output = io.StringIO()
+    Console(file=output, width=100).print(table)
+    return output.getvalue()
+
+
+def _members(asked: Launch, plan: Plan, run_dir: Path) -> str:
+    places = planned(plan)
+    lines = []
+    for name in plan.frontends:
+        lines += [f"# {name} on rank 0", shlex.join(commands.frontend(name, run_dir).argv), ""]
+    for member in plan.members:
+        invocation = commands.engine(asked.recipe, member, run_dir, places[member.rank])
+        lines.append(f"# {member.name} on rank {member.rank}")
+        lines += [f"{name}={value}" for name, value in invocation.env.items()]
+        lines.append(shlex.join(invocation.argv))
+        if asked.recipe.engine.backend is Backend.VLLM:
+            arguments = engine_arguments(asked.recipe, plan, member, places)
+            lines += ["# vLLM engine arguments", msgspec.yaml.encode(arguments).decode()]
+    return "\n".join(lines)

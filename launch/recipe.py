@@ -1,0 +1,209 @@
+"""What the program works on: the frozen form of a recipe, checked when it is made.
+
+`conf.schema` holds the form that a user writes; `launch.compose` converts once. Sizes are counted in *slots*: a slot
+is one GPU, or on machines without GPUs one engine (`Cluster.cpu_engines_per_node` of them fit a node).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from launch.errors import ConfigError
+
+
+class Kind(StrEnum):
+    """What an engine is for."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    AGGREGATED = "aggregated"
+
+
+class Launcher(StrEnum):
+    """Where the agents run: a Slurm job, processes of this machine, or this very process."""
+
+    SLURM = "slurm"
+    LOCAL = "local"
+    DEBUG = "debug"
+
+
+class Wait(StrEnum):
+    """How long `python -m launch` stays: until the deployment ends, until it is ready, or not at all."""
+
+    STOPPED = "stopped"
+    READY = "ready"
+    NO = "no"
+
+
+class Backend(StrEnum):
+    """What produces tokens: vLLM, or an engine that says the prompt again and costs nothing (tests, benchmarks)."""
+
+    VLLM = "vllm"
+    ECHO = "echo"
+
+
+class RouterMode(StrEnum):
+    """How a worker is chosen among those of a role."""
+
+    ROUND_ROBIN = "round_robin"
+    LEAST_LOADED = "least_loaded"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Role:
+    """A group of identical engines."""
+
+    kind: Kind
+    replicas: int
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    args: Mapping[str, Any] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        counts = (self.replicas, self.tensor_parallel, self.pipeline_parallel)
+        if min(counts) < 1:
+            raise ConfigError(
+                f"roles.{self.kind}: replicas, tensor_parallel and pipeline_parallel start at 1, got {counts}; "
+                f"to leave the role out write roles.{self.kind}.replicas=0"
+            )
+
+    @property
+    def world(self) -> int:
+        """Processes that compute in one engine: tensor times pipeline parallel size."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """The weights and the name that clients use. `tiny` models are made by the project itself (`launch.tiny_model`)."""
+
+    path: str
+    name: str
+    tiny: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """What all engines of the deployment share."""
+
+    backend: Backend
+    device: str
+    args: Mapping[str, Any]
+    env: Mapping[str, str]
+    ready_timeout_s: float
+    drain_s: float
+    echo_interval_s: float
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise ConfigError(f"engine.device is cpu or cuda, got {self.device!r}")
+        if self.ready_timeout_s <= 0 or self.drain_s < 0:
+            raise ConfigError(
+                f"engine.ready_timeout_s must be above 0 and engine.drain_s at least 0, "
+                f"got {self.ready_timeout_s} and {self.drain_s}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """The embedded NATS and etcd of rank 0."""
+
+    dedicated: bool
+    lease_ttl_s: int
+    etcd: str | None
+    nats_server: str | None
+
+    def __post_init__(self) -> None:
+        if self.lease_ttl_s < 2:
+            raise ConfigError(f"control.lease_ttl_s is at least 2 (etcd's own minimum election time), got {self.lease_ttl_s}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frontend:
+    """The OpenAI-compatible server."""
+
+    processes: int
+    port: int | None
+    router: RouterMode
+    stall_timeout_s: float
+    max_body_bytes: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.processes <= 8:
+            raise ConfigError(f"frontend.processes is 1 to 8, got {self.processes}")
+        if self.port is not None and not 1 <= self.port <= 65535:
+            raise ConfigError(f"frontend.port is 1 to 65535, or null for one derived from the job, got {self.port}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """What a machine is like; one file in `conf/cluster/` each."""
+
+    name: str
+    launcher: Launcher
+    gpus_per_node: int
+    cpu_engines_per_node: int
+    interface: str | None
+    gpu_request: str | None
+
+    def __post_init__(self) -> None:
+        if self.gpus_per_node < 0 or self.cpu_engines_per_node < 1:
+            raise ConfigError(
+                f"cluster.gpus_per_node is at least 0 and cluster.cpu_engines_per_node at least 1, "
+                f"got {self.gpus_per_node} and {self.cpu_engines_per_node}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The flags of the Slurm job."""
+
+    time_min: int
+    partition: str | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    cpus_per_task: int | None
+    mem: str | None
+    exclusive: bool
+    setup: tuple[str, ...]
+    srun_args: tuple[str, ...]
+    sbatch: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.time_min < 1:
+            raise ConfigError(f"slurm.time_min is at least 1 minute, got {self.time_min}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A deployment as decided by its user: everything that the plan, the job and the members are computed from."""
+
+    name: str
+    model: Model
+    roles: tuple[Role, ...]
+    engine: Engine
+    control: Control
+    frontend: Frontend
+    cluster: Cluster
+    slurm: Batch
+
+    def __post_init__(self) -> None:
+        kinds = {role.kind for role in self.roles}
+        if not kinds:
+            raise ConfigError("the recipe has no roles: write roles.aggregated, or roles.prefill and roles.decode")
+        if Kind.PREFILL in kinds and not kinds & {Kind.DECODE, Kind.AGGREGATED}:
+            raise ConfigError("the recipe has prefill engines but none that decode: add roles.decode.replicas=1")
+        if Kind.DECODE in kinds and Kind.PREFILL not in kinds:
+            raise ConfigError("the recipe has decode engines but none that prefill: add roles.prefill.replicas=1")
+        if Kind.AGGREGATED in kinds and len(kinds) > 1:
+            raise ConfigError("aggregated engines do not mix with prefill and decode in one deployment: launch two")
+
+    @property
+    def disaggregated(self) -> bool:
+        """Whether prompts are computed by one engine and continued by another."""
+        return any(role.kind is Kind.PREFILL for role in self.roles)

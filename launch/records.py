@@ -1,0 +1,285 @@
+"""The run directory: what a deployment leaves on the shared file system for its ranks, its users and their tools.
+
+    plan.yaml, recipe.yaml      what was decided; recipe.yaml is what the ranks read
+    job.json                    how it was submitted: launcher, id, attempt
+    control.json      (0600)    where rank 0's NATS and etcd are, and every secret of the deployment
+    endpoint.json     (0600)    where to send requests, and the state of the deployment
+    api_key           (0600)    the key that clients send
+    ranks/<i>.json              what rank i last said of itself and its members
+    stop                        somebody asked for the end
+    logs/attempt_<n>/           logs; `logs/latest` points to the newest
+    metrics/targets.json        Prometheus file_sd
+
+Files are written aside and renamed, so a reader sees the old or the new one. Network file systems answer ESTALE when a
+file was replaced under a reader: that is tried again. Every record says which attempt it belongs to, so that what an
+earlier one left behind is never taken for the present.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from launch.errors import LaunchError, NotFoundError
+from launch.plan import Plan
+from launch.recipe import Launcher, Recipe
+
+T = TypeVar("T")
+SILENT_AFTER_S = 15.0
+
+
+class State(StrEnum):
+    """Where a member is in its life; a rank is as far as the least of its members."""
+
+    QUEUED = "queued"
+    STARTING = "starting"
+    LOADING = "loading"
+    READY = "ready"
+    RESTARTING = "restarting"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+class Phase(StrEnum):
+    """The state of the deployment as `endpoint.json` tells it."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DEGRADED = "degraded"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+class Job(msgspec.Struct, kw_only=True):
+    """How a deployment was submitted; `id` is empty between the decision and the answer of the submission."""
+
+    launcher: Launcher
+    attempt: int
+    id: str
+    host: str
+    submitted_at: float
+
+
+class MemberRecord(msgspec.Struct, kw_only=True):
+    """What the agent knows of one child."""
+
+    state: State
+    since: float
+    pid: int = 0
+    restarts: int = 0
+    detail: str = ""
+
+
+class RankRecord(msgspec.Struct, kw_only=True):
+    """What a rank last said; `heartbeat` is its own clock, in seconds since the epoch."""
+
+    attempt: int
+    rank: int
+    host: str
+    address: str
+    port_base: int
+    pid: int
+    heartbeat: float
+    members: dict[str, MemberRecord] = {}
+    control_ready_s: float | None = None
+    drained: bool = False
+    ended: bool = False
+    failure: str | None = None
+
+
+class Control(msgspec.Struct, kw_only=True):
+    """Addresses and secrets of the control plane.
+
+    The CURVE key pair (Z85 text) is that of every worker's request socket. A frontend that knows the public half may
+    connect, so that half is a secret too.
+    """
+
+    attempt: int
+    nats_url: str
+    nats_user: str
+    nats_password: str
+    etcd_url: str
+    etcd_user: str
+    etcd_password: str
+    worker_public: str
+    worker_secret: str
+
+
+class Endpoint(msgspec.Struct, kw_only=True):
+    """What a client needs; `expires_at` is seconds since the epoch, or null without a time limit."""
+
+    url: str
+    urls: list[str]
+    models: list[str]
+    state: Phase
+    api_key_file: str
+    expires_at: float | None = None
+
+
+class RunDirectory:
+    """One deployment's folder. Makes paths and reads and writes records; holds no state of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        """Name of the deployment."""
+        return self.path.name
+
+    @property
+    def api_key_file(self) -> Path:
+        """The key that clients send."""
+        return self.path / "api_key"
+
+    @property
+    def stop_file(self) -> Path:
+        """Its presence asks the agents to end."""
+        return self.path / "stop"
+
+    @property
+    def targets_file(self) -> Path:
+        """Prometheus file_sd list of every metrics page of the deployment."""
+        return self.path / "metrics" / "targets.json"
+
+    def logs(self, attempt: int) -> Path:
+        """Folder of the logs of one attempt."""
+        return self.path / "logs" / f"attempt_{attempt}"
+
+    def log_of(self, attempt: int, member: str) -> Path:
+        """Log of one member, or of a server of the control plane."""
+        return self.logs(attempt) / f"{member}.log"
+
+    def prepare(self, recipe: Recipe, plan: Plan, attempt: int) -> None:
+        """Make the folder ready for an attempt: write what was decided, remove what the last attempt said."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.logs(attempt).mkdir(parents=True, exist_ok=True)
+        (self.path / "ranks").mkdir(exist_ok=True)
+        self.targets_file.parent.mkdir(exist_ok=True)
+        for stale in (self.stop_file, self.path / "control.json", self.path / "endpoint.json", *self._rank_files()):
+            stale.unlink(missing_ok=True)
+        write(self.path / "recipe.yaml", msgspec.yaml.encode(asdict(recipe)))
+        write(self.path / "plan.yaml", msgspec.yaml.encode(asdict(plan)))
+        if not self.api_key_file.exists():
+            write(self.api_key_file, f"baton-{secrets.token_urlsafe(32)}\n".encode(), mode=0o600)
+        _point(self.path / "logs" / "latest", self.logs(attempt).name)
+
+    def recipe(self) -> Recipe:
+        """The recipe of the deployment.
+
+        Raises:
+            LaunchError: The folder holds none.
+        """
+        content = read_bytes(self.path / "recipe.yaml")
+        if content is None:
+            raise LaunchError(f"{self.path} holds no recipe.yaml: it is not the run directory of a deployment")
+        return msgspec.yaml.decode(content, type=Recipe)
+
+    def api_key(self) -> str:
+        """The key that clients send."""
+        return self.api_key_file.read_text().strip()
+
+    def job(self) -> Job | None:
+        """How the deployment was last submitted."""
+        return self._read("job.json", Job)
+
+    def control(self) -> Control | None:
+        """The control plane of the running attempt, once rank 0 has published it."""
+        return self._read("control.json", Control)
+
+    def endpoint(self) -> Endpoint | None:
+        """The endpoint of the running attempt, once rank 0 has published it."""
+        return self._read("endpoint.json", Endpoint)
+
+    def ranks(self, attempt: int) -> dict[int, RankRecord]:
+        """The last word of every rank of an attempt."""
+        records = (self._read(f"ranks/{path.name}", RankRecord) for path in self._rank_files())
+        return {record.rank: record for record in records if record and record.attempt == attempt}
+
+    def put_job(self, job: Job) -> None:
+        """Publish how the deployment was submitted."""
+        write(self.path / "job.json", _json(job))
+
+    def put_control(self, control: Control) -> None:
+        """Publish the control plane, secrets included."""
+        write(self.path / "control.json", _json(control), mode=0o600)
+
+    def put_endpoint(self, endpoint: Endpoint) -> None:
+        """Publish the endpoint."""
+        write(self.path / "endpoint.json", _json(endpoint), mode=0o600)
+
+    def put_rank(self, record: RankRecord) -> None:
+        """Publish what a rank says of itself."""
+        write(self.path / "ranks" / f"{record.rank}.json", _json(record))
+
+    def put_targets(self, targets: list[dict[str, Any]]) -> None:
+        """Publish the metrics pages in Prometheus' file_sd form."""
+        write(self.targets_file, msgspec.json.encode(targets))
+
+    def _read(self, name: str, kind: type[T]) -> T | None:
+        content = read_bytes(self.path / name)
+        return None if content is None else msgspec.json.decode(content, type=kind)
+
+    def _rank_files(self) -> list[Path]:
+        return sorted((self.path / "ranks").glob("*.json"))
+
+
+def find(runs_dir: Path, name: str) -> RunDirectory:
+    """The run directory of a deployment that was launched from here.
+
+    Raises:
+        NotFoundError: There is none of that name.
+    """
+    run = RunDirectory(runs_dir / name)
+    if run.job() is None:
+        raise NotFoundError(name, str(runs_dir), (path.name for path in every(runs_dir)))
+    return run
+
+
+def every(runs_dir: Path) -> Iterator[Path]:
+    """The folders of all deployments that were launched from here."""
+    return (path.parent for path in runs_dir.glob("*/job.json"))
+
+
+def write(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Replace a file whole: written aside with its final mode, then renamed."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    aside.replace(path)
+
+
+def read_bytes(path: Path, tries: int = 5) -> bytes | None:
+    """The content of a file, or None while there is no such file."""
+    for left in reversed(range(tries)):
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno != errno.ESTALE or not left:
+                raise
+            time.sleep(0.05)
+    return None
+
+
+def _json(record: msgspec.Struct) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(record), indent=2)
+
+
+def _point(link: Path, target: str) -> None:
+    aside = link.with_name(f".{link.name}.{os.getpid()}")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target)
+    aside.replace(link)

@@ -1,0 +1,174 @@
+"""Follow a deployment from outside, by its run directory and by Slurm's own word; end it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.errors import DeploymentError
+from launch.plan import plan
+from launch.progress import Row, rows
+from launch.recipe import Launcher
+from launch.records import SILENT_AFTER_S, Endpoint, Job, Phase, RankRecord, RunDirectory
+from slurm.children import tail
+
+ENDED_SLURM_STATES = {"", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
+KILL_AFTER_S = 60.0
+POLL_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A deployment as seen from outside at one moment."""
+
+    job: Job
+    ranks: dict[int, RankRecord]
+    endpoint: Endpoint | None
+    rows: list[Row]
+
+    @property
+    def phase(self) -> Phase:
+        """The state of the whole; starting until rank 0 says otherwise."""
+        return self.endpoint.state if self.endpoint else Phase.STARTING
+
+    @property
+    def failure(self) -> str | None:
+        """What went wrong first, if anything did."""
+        return next((record.failure for record in self.ranks.values() if record.failure), None)
+
+    @property
+    def ended(self) -> bool:
+        """Whether every rank that started has said that it ended."""
+        return bool(self.ranks) and all(record.ended for record in self.ranks.values())
+
+
+def look(run: RunDirectory) -> View:
+    """How the deployment is now.
+
+    Raises:
+        DeploymentError: It was never submitted.
+    """
+    job = run.job()
+    if job is None:
+        raise DeploymentError(f"{run.path} has no job.json")
+    ranks = run.ranks(job.attempt)
+    return View(job, ranks, run.endpoint(), rows(plan(run.recipe()), ranks))
+
+
+def where_alive(run: RunDirectory) -> str | None:
+    """Where the deployment runs, or None when it has ended or never began."""
+    job = run.job()
+    if job is None:
+        return None
+    ranks = run.ranks(job.attempt)
+    if ranks and all(record.ended for record in ranks.values()):
+        return None
+    if job.launcher is Launcher.SLURM:
+        state, _ = slurm_state(job.id)
+        if state is None:  # Slurm does not answer from here: believe the heartbeats
+            return f"Slurm job {job.id}" if recently_heard(ranks) else None
+        return None if state in ENDED_SLURM_STATES else f"Slurm job {job.id}, {state.lower()}"
+    if job.host != socket.gethostname():
+        return f"on {job.host}" if recently_heard(ranks) else None
+    alive = [record.pid for record in ranks.values() if is_agent(record.pid)]
+    if alive or (not ranks and is_agent(int(job.id or 0)) and job.launcher is Launcher.LOCAL):
+        return f"on this machine, process {alive[0] if alive else job.id}"
+    return None
+
+
+def recently_heard(ranks: dict[int, RankRecord]) -> bool:
+    """Whether any rank wrote its record within the last seconds, by its own clock."""
+    return any(time.time() - record.heartbeat < SILENT_AFTER_S for record in ranks.values())
+
+
+def is_agent(pid: int) -> bool:
+    """Whether the process is one of ours: the number may belong to another program by now."""
+    try:
+        line = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"submitit" in line or b"launch" in line
+
+
+def slurm_state(job_id: str) -> tuple[str | None, str]:
+    """State and reason of a job by squeue; ("", "") once Slurm has forgotten it, (None, "") when squeue does not answer."""
+    if not job_id or shutil.which("squeue") is None:
+        return None, ""
+    command = ["squeue", "--noheader", "--jobs", job_id, "--states=all", "--format=%T|%r|%S"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except subprocess.TimeoutExpired:
+        return None, ""
+    if answer.returncode:
+        return ("", "") if "Invalid job id" in answer.stderr else (None, "")
+    state, _, rest = answer.stdout.strip().partition("|")
+    reason, _, start = rest.partition("|")
+    expected = f", expected to start {start}" if start not in ("", "N/A") else ""
+    return state, f"{reason}{expected}" if state == "PENDING" else ""
+
+
+def request_stop(run: RunDirectory) -> None:
+    """Ask the agents to end; a Slurm job that has not started is cancelled."""
+    run.stop_file.touch()
+    job = run.job()
+    if job and job.launcher is Launcher.SLURM and not run.ranks(job.attempt):
+        state, _ = slurm_state(job.id)
+        if state == "PENDING":
+            cancel(job)
+
+
+def cancel(job: Job) -> None:
+    """scancel a job."""
+    subprocess.run(["scancel", job.id], capture_output=True, timeout=60, check=False)
+
+
+def signal_agents(run: RunDirectory, signum: signal.Signals) -> None:
+    """Send a signal to the agents on this machine."""
+    job = run.job()
+    for record in run.ranks(job.attempt).values() if job else ():
+        if record.host == socket.gethostname() and is_agent(record.pid) and record.pid != os.getpid():
+            os.kill(record.pid, signum)
+
+
+def stop(run: RunDirectory, timeout_s: float, on_look: Callable[[View], None] = lambda view: None) -> None:
+    """Ask for the end and wait for it; after `timeout_s` seconds end it the hard way.
+
+    Raises:
+        DeploymentError: It still runs.
+    """
+    request_stop(run)
+    if _until_gone(run, timeout_s, on_look):
+        return
+    job = run.job()
+    if job and job.launcher is Launcher.SLURM:
+        cancel(job)
+    else:
+        for signum in (signal.SIGTERM, signal.SIGTERM):
+            signal_agents(run, signum)
+            time.sleep(0.5)
+    if _until_gone(run, KILL_AFTER_S, on_look):
+        return
+    raise DeploymentError(f"{run.name} still runs: {where_alive(run)}")
+
+
+def agent_logs(run: RunDirectory, job: Job) -> str:
+    """The ends of the agents' own logs, for a deployment that ended without saying why."""
+    found = sorted(run.logs(job.attempt).glob("*_log.out"))
+    return "\n".join(f"{path}:\n{tail(path, 12)}" for path in found) or f"no agent wrote to {run.logs(job.attempt)}"
+
+
+def _until_gone(run: RunDirectory, timeout_s: float, on_look: Callable[[View], None]) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        on_look(look(run))
+        if where_alive(run) is None:
+            return True
+        time.sleep(POLL_S)
+    return False

@@ -1,0 +1,350 @@
+"""The agent: one for each rank. It claims the rank's ports, starts the members that the plan gives it, keeps them running,
+tells the run directory how they are, and ends them in order.
+
+Rank 0's agent also runs the control plane and the frontends, and publishes the state of the whole deployment.
+
+Ending, in order: frontends stop admitting and finish what runs; then engines withdraw and stop, on all ranks; then, when
+the other ranks have ended, the control plane.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Sequence
+
+import zmq
+
+from launch.errors import DeploymentError, LaunchError
+from launch.plan import ETCD_PEER_PORT, ETCD_PORT, NATS_PORT, Member, Plan, plan
+from launch.recipe import Recipe
+from launch.records import Control, Job, MemberRecord, RankRecord, RunDirectory, State
+from slurm import children, commands, hosts, ports
+from slurm.overseer import Overseer
+from slurm.places import missing, places
+from slurm.supervise import Command, Supervised
+from workers.control import servers
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 2.0
+POLL_S = 0.2
+SERVER_READY_S = 60.0
+FRONTEND_READY_S = 60.0
+LOST_RANK0_S = 60.0
+
+
+def main(run: RunDirectory, ranks: Sequence[int], job_key: str) -> None:
+    """Be the agent of these ranks until the deployment ends.
+
+    Args:
+        run: The run directory.
+        ranks: The ranks that this process embodies: one, or with the debug launcher all of them.
+        job_key: What tells this attempt from other deployments on the machine; ports derive from it.
+
+    Raises:
+        DeploymentError: A member failed; everything of these ranks has ended.
+    """
+    asyncio.run(_serve(run, ranks, job_key))
+
+
+async def _serve(run: RunDirectory, ranks: Sequence[int], job_key: str) -> None:
+    stop = asyncio.Event()
+    agents: list[Agent] = []
+    _install_signals(stop, agents)
+    children.become_subreaper()
+    recipe, job = run.recipe(), run.job()
+    if job is None:
+        raise LaunchError(f"{run.path} has no job.json: launch with `python -m launch`")
+    where = plan(recipe)
+    agents.extend(Agent(run, recipe, where, job, rank, stop) for rank in ranks)
+    results = await asyncio.gather(*(agent.run(job_key) for agent in agents), return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+
+
+def _install_signals(stop: asyncio.Event, agents: list[Agent]) -> None:
+    """A first signal asks for the end, a second one ends everything at once.
+
+    This replaces submitit's handlers, which ignore SIGTERM and kill rank 0 alone at USR2.
+    """
+
+    def ask() -> None:
+        if stop.is_set():
+            log.warning("asked again: ending everything now")
+            for agent in agents:
+                agent.kill()
+        stop.set()
+
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        asyncio.get_running_loop().add_signal_handler(signum, ask)
+
+
+class Agent:
+    """The agent of one rank."""
+
+    def __init__(
+        self, run: RunDirectory, recipe: Recipe, where: Plan, job: Job, rank: int, stop: asyncio.Event
+    ) -> None:
+        self._run = run
+        self._recipe = recipe
+        self._plan = where
+        self._job = job
+        self._rank = rank
+        self._stop = stop
+        self._supervised: list[Supervised] = []
+        self._started = time.monotonic()
+        self._record = RankRecord(
+            attempt=job.attempt,
+            rank=rank,
+            host=socket.gethostname(),
+            address="",
+            port_base=0,
+            pid=os.getpid(),
+            heartbeat=time.time(),
+            members={},
+        )
+
+    def kill(self) -> None:
+        """End every child at once."""
+        for item in self._supervised:
+            item.kill()
+
+    async def run(self, job_key: str) -> None:
+        """Be the agent until the deployment ends.
+
+        Raises:
+            LaunchError: Something of this rank failed; its record says what.
+        """
+        try:
+            await self._run_rank(job_key)
+        except BaseException as error:
+            self._record.failure = _first_line(error)
+            log.error("rank %d: %s", self._rank, _innermost(error))
+            raise
+        finally:
+            self._record.ended = True
+            self._save()
+
+    async def _run_rank(self, job_key: str) -> None:
+        with ports.claim(job_key, self._rank) as block:
+            self._record.address = hosts.address(self._recipe.cluster.interface)
+            self._record.port_base = block.base
+            for member in self._plan.on(self._rank):
+                self._note(member.name, State.STARTING, 0, "")
+            self._save()
+            try:
+                async with asyncio.TaskGroup() as group:
+                    background = [group.create_task(self._heartbeat(), name="heartbeat")]
+                    if self._rank == 0:
+                        overseer = Overseer(self._run, self._recipe, self._plan, self._job, self._stop)
+                        async with self._control_plane(group), overseer.published():
+                            background.append(group.create_task(overseer.watch(), name="overseer"))
+                            await self._members(group)
+                    else:
+                        background.append(group.create_task(self._watch_rank0(), name="rank0"))
+                        await self._members(group)
+                    for task in background:
+                        task.cancel()
+            except* LaunchError as errors:
+                raise _innermost(errors) from None
+
+    async def _members(self, group: asyncio.TaskGroup) -> None:
+        """Frontends (rank 0) and engine members, from their start to their end."""
+        frontends = [self._frontend(name) for name in self._plan.frontends] if self._rank == 0 else []
+        await self._wait_for_control()
+        engines = [await self._engine(member) for member in self._plan.on(self._rank)]
+        for item in (*frontends, *engines):
+            group.create_task(item.run(), name=item.command.name)
+        await self._stop.wait()
+        if self._rank == 0:
+            await _all_stopped(frontends)
+            self._record.drained = True
+            self._save()
+        else:
+            await self._wait_for(lambda: self._rank0_drained(), self._recipe.engine.drain_s + 5)
+        await _all_stopped(engines)
+        self._record.drained = True
+
+    @contextlib.asynccontextmanager
+    async def _control_plane(self, group: asyncio.TaskGroup) -> AsyncIterator[None]:
+        """NATS and etcd, serving and published within the block; they end after the other ranks."""
+        control = self._new_control()
+        folder = self._run.path / "control"
+        nats = servers.nats(control, servers.find_nats(self._recipe.control.nats_server), folder / "nats")
+        etcd = servers.etcd(
+            control,
+            servers.find_etcd(self._recipe.control.etcd),
+            self._record.port_base + ETCD_PEER_PORT,
+            folder / f"etcd-{self._job.attempt}",
+        )
+        running = [self._server(server) for server in (nats, etcd)]
+        tasks = [group.create_task(item.run(), name=item.command.name) for item in running]
+        for item in running:
+            await item.first_ready.wait()
+        self._record.control_ready_s = round(time.monotonic() - self._started, 3)
+        log.info("control plane ready %.2f s after the agent's start", self._record.control_ready_s)
+        self._run.put_control(control)
+        self._save()
+        yield
+        grace = self._recipe.engine.drain_s + 15
+        await self._wait_for(lambda: not self._others_running(), grace)
+        await _all_stopped(running)
+        await asyncio.gather(*tasks)
+
+    def _server(self, server: servers.Server) -> Supervised:
+        return self._supervise(
+            Command(
+                name=server.name,
+                argv=server.argv,
+                env=os.environ,
+                log_path=self._run.log_of(self._job.attempt, server.name),
+                ready_timeout_s=SERVER_READY_S,
+                stop_grace_s=5,
+                ready=server.ready,
+            )
+        )
+
+    def _frontend(self, name: str) -> Supervised:
+        invocation = commands.frontend(name, self._run.path)
+        return self._child(name, invocation, FRONTEND_READY_S)
+
+    async def _engine(self, member: Member) -> Supervised:
+        leader = self._plan.leader_of(member.engine)
+        await self._wait_for_ranks({self._rank, leader.rank})
+        place = places(self._run.ranks(self._job.attempt))[self._rank]
+        invocation = commands.engine(self._recipe, member, self._run.path, place)
+        return self._child(member.name, invocation, self._recipe.engine.ready_timeout_s)
+
+    def _child(self, name: str, invocation: commands.Invocation, ready_timeout_s: float) -> Supervised:
+        return self._supervise(
+            Command(
+                name=name,
+                argv=invocation.argv,
+                env={**os.environ, **invocation.env},
+                log_path=self._run.log_of(self._job.attempt, name),
+                ready_timeout_s=ready_timeout_s,
+                stop_grace_s=self._recipe.engine.drain_s + 15,  # its own drain, and the engine's shutdown after it
+            )
+        )
+
+    def _supervise(self, command: Command) -> Supervised:
+        item = Supervised(command, self._note_and_save)
+        self._supervised.append(item)
+        return item
+
+    def _new_control(self) -> Control:
+        address, base = self._record.address, self._record.port_base
+        public, secret = zmq.curve_keypair()
+        return Control(
+            attempt=self._job.attempt,
+            nats_url=f"nats://{address}:{base + NATS_PORT}",
+            nats_user="baton",
+            nats_password=secrets.token_urlsafe(24),
+            etcd_url=f"http://{address}:{base + ETCD_PORT}",
+            etcd_user="root",
+            etcd_password=secrets.token_urlsafe(24),
+            worker_public=public.decode(),
+            worker_secret=secret.decode(),
+        )
+
+    # --- what the other ranks say ---------------------------------------------------------------------------------
+
+    async def _wait_for_control(self) -> None:
+        def published() -> bool:
+            control = self._run.control()
+            return control is not None and control.attempt == self._job.attempt
+
+        if not await self._wait_for(published, self._recipe.engine.ready_timeout_s, unless_stopped=True):
+            raise DeploymentError("rank 0 did not publish its control plane: see its log")
+
+    async def _wait_for_ranks(self, needed: set[int]) -> None:
+        def there() -> bool:
+            return not missing(needed, self._run.ranks(self._job.attempt))
+
+        if not await self._wait_for(there, self._recipe.engine.ready_timeout_s, unless_stopped=True):
+            raise DeploymentError(f"ranks {missing(needed, self._run.ranks(self._job.attempt))} did not start")
+
+    async def _wait_for(self, condition: object, timeout_s: float, unless_stopped: bool = False) -> bool:
+        """Poll until the condition holds; a stop also ends the wait (as if it held) when `unless_stopped`."""
+        assert callable(condition)
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if unless_stopped and self._stop.is_set():
+                return True
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(POLL_S)
+        return True
+
+    def _rank0_drained(self) -> bool:
+        rank0 = self._run.ranks(self._job.attempt).get(0)
+        return rank0 is None or rank0.drained or rank0.ended
+
+    def _others_running(self) -> list[int]:
+        ranks = self._run.ranks(self._job.attempt)
+        return [rank for rank, record in ranks.items() if rank != self._rank and not record.ended]
+
+    async def _watch_rank0(self) -> None:
+        """End with rank 0: it was asked to stop, it has ended, or it has not been heard for a long time."""
+        heard, last = time.monotonic(), 0.0
+        while True:
+            rank0 = self._run.ranks(self._job.attempt).get(0)
+            if rank0 and rank0.heartbeat != last:
+                heard, last = time.monotonic(), rank0.heartbeat
+            if self._run.stop_file.exists() or (rank0 and rank0.ended):
+                self._stop.set()
+            if time.monotonic() - heard > LOST_RANK0_S and not self._stop.is_set():
+                log.error("rank 0 was not heard for %.0f s: ending", LOST_RANK0_S)
+                self._stop.set()
+            await asyncio.sleep(POLL_S)
+
+    # --- what this rank says --------------------------------------------------------------------------------------
+
+    async def _heartbeat(self) -> None:
+        while True:
+            self._save()
+            await asyncio.sleep(HEARTBEAT_S)
+
+    def _note_and_save(self, name: str, state: State, pid: int, detail: str) -> None:
+        self._note(name, state, pid, detail)
+        self._save()
+
+    def _note(self, name: str, state: State, pid: int, detail: str) -> None:
+        before = self._record.members.get(name)
+        restarts = before.restarts if before else 0
+        if state is State.RESTARTING:
+            restarts += 1
+        if before is None or before.state is not state:
+            log.info("%s is %s%s", name, state, f": {detail}" if detail else "")
+        self._record.members[name] = MemberRecord(
+            state=state, since=time.time(), pid=pid, restarts=restarts, detail=detail
+        )
+
+    def _save(self) -> None:
+        self._record.heartbeat = time.time()
+        self._run.put_rank(self._record)
+
+
+async def _all_stopped(items: Sequence[Supervised]) -> None:
+    await asyncio.gather(*(item.stop() for item in items))
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """The first single error in a tree of groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(_innermost(error)) or type(_innermost(error)).__name__
+
+

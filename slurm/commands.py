@@ -1,0 +1,31 @@
+"""The command and environment of every child of an agent; pure, so that a dry run shows what will be started."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.plan import Member
+from launch.recipe import Recipe
+from workers.engine.arguments import Place, engine_environment
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """A command, and what its environment has beyond the agent's own."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+
+
+def engine(recipe: Recipe, member: Member, run_dir: Path, place: Place) -> Invocation:
+    """The process of an engine member."""
+    argv = (sys.executable, "-m", "workers.engine", str(run_dir), member.name)
+    return Invocation(argv, engine_environment(recipe, member, place))
+
+
+def frontend(name: str, run_dir: Path) -> Invocation:
+    """A frontend process."""
+    return Invocation((sys.executable, "-m", "workers.frontend", str(run_dir), name), {})

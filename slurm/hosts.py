@@ -1,0 +1,59 @@
+"""Addresses: which one of this node's the other ranks can reach."""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+import struct
+
+from launch.errors import LaunchError
+
+SIOCGIFADDR = 0x8915
+
+
+def address(interface: str | None) -> str:
+    """The IPv4 address that members on this node give to others.
+
+    Args:
+        interface: Prefix of the interface's name (`ib`, `hsn0`); None takes what the node's own name resolves to.
+
+    Raises:
+        LaunchError: No such interface has an address, or the name resolves to loopback only. There is no last resort:
+            an address that others cannot reach fails later and elsewhere.
+    """
+    if interface is not None:
+        return _of_interface(interface)
+    host = socket.gethostname()
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None, socket.AF_INET)}
+    except OSError as error:
+        raise LaunchError(f"{host} cannot resolve its own name ({error}): set cluster.interface=<name>") from error
+    routable = sorted(item for item in found if not item.startswith("127."))
+    if not routable:
+        raise LaunchError(f"{host} resolves to loopback only: set cluster.interface to one of {', '.join(interfaces())}")
+    return routable[0]
+
+
+def interfaces() -> dict[str, str]:
+    """This node's interfaces that have an IPv4 address, by name."""
+    found: dict[str, str] = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)
+            except OSError:
+                continue  # the interface is down or has no IPv4 address
+            found[name] = socket.inet_ntoa(answer[20:24])
+    return found
+
+
+def _of_interface(prefix: str) -> str:
+    found = interfaces()
+    for name in sorted(found):
+        if name.startswith(prefix):
+            return found[name]
+    raise LaunchError(
+        f"{socket.gethostname()} has no interface {prefix}* with an IPv4 address: "
+        f"set cluster.interface to one of {', '.join(f'{name} ({ip})' for name, ip in found.items()) or 'none found'}"
+    )

@@ -1,0 +1,1 @@
+"""The embedded servers of rank 0: nats-server and etcd."""

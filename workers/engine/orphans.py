@@ -1,0 +1,35 @@
+"""No process of an engine outlives its member process.
+
+vLLM's engine core and workers go on for ever when the process that embeds them is killed (vLLM 0.32). So each of them
+watches that process and ends with it: forked ones through a fork hook, spawned ones through vLLM's plugin entry point,
+which calls `guard` in every process of an engine.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+
+GUARDED_PID = "BATON_GUARDED_PID"
+
+
+def die_with(pid: int) -> None:
+    """Make every later child of this process end when `pid` does."""
+    os.environ[GUARDED_PID] = str(pid)
+    os.register_at_fork(after_in_child=guard)
+
+
+def guard() -> None:
+    """End this process when the guarded one ends; does nothing in the guarded one itself, or where there is none."""
+    pid = int(os.environ.get(GUARDED_PID, "0"))
+    if not pid or pid == os.getpid():
+        return
+    descriptor = os.pidfd_open(pid)
+
+    def watch() -> None:
+        select.select([descriptor], [], [])  # a pidfd becomes readable when its process has ended
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="orphan-guard", daemon=True).start()

@@ -1,0 +1,210 @@
+"""The worker's side of the request plane: requests in, one frame of results for each frontend and engine step out."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+import msgspec
+import zmq
+
+from workers.engine import transfer
+from workers.engine.base import Ask, Engine, LostError, RefusedError
+from workers.engine.render import Choice
+from workers.runtime import wire
+from workers.runtime.sockets import LoopSocket
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 0.5
+FRONTEND_SILENT_S = 10.0
+StreamKey = tuple[bytes, int]
+
+
+class RequestServer:
+    """Serves one engine to any number of frontends; everything happens in one loop."""
+
+    def __init__(self, engine: Engine, instance: str) -> None:
+        self._engine = engine
+        self._instance = instance
+        self._socket: LoopSocket | None = None
+        self._tasks: dict[StreamKey, asyncio.Task[None]] = {}
+        self._steps: dict[bytes, wire.Step] = {}
+        self._heard: dict[bytes, float] = {}
+        self._flush_due = False
+        self._unnamed = itertools.count(-1, -1)  # work that no stream of a frontend stands for
+        self.serving = True
+
+    def bind(self, context: zmq.Context[zmq.Socket[bytes]], address: str, curve: tuple[str, str]) -> None:
+        """Listen for frontends at `tcp://...`; `curve` is the (public, secret) key pair of the deployment's workers."""
+        socket = LoopSocket(context, zmq.ROUTER, self._on_message)
+        socket.raw.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.raw.curve_publickey, socket.raw.curve_secretkey = (key.encode() for key in curve)
+        socket.raw.curve_server = True
+        socket.raw.bind(address)
+        self._socket = socket
+
+    @property
+    def streams(self) -> int:
+        """Requests that are being served."""
+        return len(self._tasks)
+
+    async def beat(self) -> None:
+        """Tell every frontend, twice a second, that we live; forget those that fell silent."""
+        while True:
+            self.announce()
+            now = time.monotonic()
+            for identity in [who for who, when in self._heard.items() if now - when > FRONTEND_SILENT_S]:
+                self._forget(identity)
+            await asyncio.sleep(BEAT_S)
+
+    def announce(self) -> None:
+        """Send the beat now."""
+        message = wire.encode(wire.Beat(self._instance, self.serving, self._engine.load.progress))
+        for identity in list(self._heard):
+            self._send(identity, message)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing new from frontends that listen, let what runs finish, and give back what has not by then."""
+        self.serving = False
+        self.announce()
+        if self._tasks:
+            await asyncio.wait(list(self._tasks.values()), timeout=timeout_s)
+        for key, task in list(self._tasks.items()):
+            self._step(key[0]).failed.append(wire.Failed(key[1], 503, "unavailable", "the worker is stopping", True))
+            task.cancel()
+        await asyncio.sleep(0)
+        self._flush()
+
+    def close(self) -> None:
+        """Stop listening; the last frames may still leave."""
+        if self._socket:
+            self._socket.close(linger_ms=500)
+
+    def _on_message(self, parts: list[bytes]) -> None:
+        identity, payload = parts[0], parts[-1]
+        try:
+            message = wire.decode_to_worker(payload)
+        except msgspec.DecodeError:
+            log.warning("dropped a message of %d bytes that is none of ours", len(payload))
+            return
+        if identity not in self._heard:
+            self._heard[identity] = time.monotonic()
+            self.announce()
+        self._heard[identity] = time.monotonic()
+        if isinstance(message, wire.Generate):
+            self._track((identity, message.stream), self._serve((identity, message.stream), message))
+        elif isinstance(message, wire.Cancel):
+            task = self._tasks.get((identity, message.stream))
+            if task:
+                task.cancel()
+        elif isinstance(message, wire.Release):
+            self._track((identity, next(self._unnamed)), self._release(message))
+
+    def _track(self, key: StreamKey, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks[key] = task
+        task.add_done_callback(lambda _: self._tasks.pop(key, None))
+
+    async def _serve(self, key: StreamKey, request: wire.Generate) -> None:
+        try:
+            if request.leg is wire.Leg.PREFILL:
+                await self._prefill(key, request)
+            else:
+                await self._answer(key, request)
+        except (RefusedError, transfer.TransferError) as error:
+            retryable = isinstance(error, transfer.TransferError)
+            self._fail(key, 500 if retryable else 400, "invalid_request_error", str(error), retryable)
+        except LostError as error:
+            self._fail(key, 503, "unavailable", str(error), retryable=True)
+        except Exception as error:  # noqa: BLE001 - one request must not end the worker; the frontend is told
+            log.exception("request %s failed", request.request_id)
+            self._fail(key, 500, "internal_error", f"{type(error).__name__}: {error}", retryable=False)
+
+    async def _prefill(self, key: StreamKey, request: wire.Generate) -> None:
+        prompt = wire.unpack(request.prompt + request.produced)
+        ask = Ask(
+            request_id=request.request_id, prompt=prompt, sampling={}, prefill_only=True, priority=request.priority
+        )
+        async for piece in self._engine.generate(ask):
+            if piece.finish:
+                if piece.transfer is None:
+                    raise LostError("the prefill engine returned no transfer parameters")
+                lifetime = self._engine.sizes.lease_s - transfer.MARGIN_S
+                self._step(key[0]).prefilled.append(
+                    wire.Prefilled(key[1], transfer.pack(piece.transfer), lifetime, len(prompt), piece.cached_tokens)
+                )
+
+    async def _answer(self, key: StreamKey, request: wire.Generate) -> None:
+        identity, stream = key
+        prompt = wire.unpack(request.prompt + request.produced)
+        pull = None
+        if request.leg is wire.Leg.DECODE:
+            pull = transfer.unpack(request.transfer, len(prompt), self._engine.sizes.block_size)
+        assert request.render, "a leg that answers says how to render"
+        choice = Choice(request.render, resumed=bool(request.produced))
+        ask = Ask(
+            request_id=request.request_id,
+            prompt=prompt,
+            sampling=request.sampling,
+            transfer=pull,
+            priority=request.priority,
+        )
+        produced = len(request.produced) // 4
+        async for piece in self._engine.generate(ask):
+            ids = wire.pack(piece.ids)
+            produced += len(piece.ids)
+            if piece.finish is None:
+                self._step(identity).deltas.append((stream, ids, choice.delta(piece.text)))
+                continue
+            data = choice.end(piece.text, piece.finish, piece.stop_reason)
+            self._step(identity).ends.append(
+                wire.End(
+                    stream, piece.finish, ids, data, len(request.prompt) // 4, produced, piece.cached_tokens
+                )
+            )
+
+    def _fail(self, key: StreamKey, status: int, kind: str, message: str, retryable: bool) -> None:
+        self._step(key[0]).failed.append(wire.Failed(key[1], status, kind, message, retryable))
+
+    async def _release(self, message: wire.Release) -> None:
+        """Free a prefill's blocks; when that fails they are freed by the end of their lease."""
+        try:
+            found = msgspec.msgpack.decode(message.transfer, type=dict[str, Any])
+            tokens = int(found.get("remote_num_tokens", 0))
+            pull = transfer.unpack(message.transfer, tokens, self._engine.sizes.block_size)
+            await self._engine.release(message.request_id, pull)
+        except (msgspec.DecodeError, transfer.TransferError, LostError) as error:
+            log.warning("could not release the blocks of %s: %s", message.request_id, error)
+
+    def _step(self, identity: bytes) -> wire.Step:
+        """The frame that is being filled for a frontend; it leaves once the streams of this engine step have run."""
+        if not self._flush_due:
+            self._flush_due = True
+            asyncio.get_running_loop().call_soon(self._flush)
+        step = self._steps.get(identity)
+        if step is None:
+            step = self._steps[identity] = wire.Step(deltas=[], ends=[], prefilled=[], failed=[])
+        return step
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        steps, self._steps = self._steps, {}
+        for identity, step in steps.items():
+            self._send(identity, wire.encode(step))
+
+    def _send(self, identity: bytes, message: bytes) -> None:
+        assert self._socket
+        if not self._socket.send([identity, message]):
+            log.warning("a frontend went away")
+            self._forget(identity)
+
+    def _forget(self, identity: bytes) -> None:
+        self._heard.pop(identity, None)
+        for key, task in list(self._tasks.items()):
+            if key[0] == identity:
+                task.cancel()

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server: validate, tokenize, route, and relay the bytes that workers render."""

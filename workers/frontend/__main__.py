@@ -1,0 +1,131 @@
+"""A frontend process: `python -m workers.frontend RUN_DIR NAME`, started by rank 0's agent."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+
+import uvloop
+
+from launch.plan import FRONTEND_PORT, plan
+from launch.recipe import Kind, Recipe
+from launch.records import Control, RunDirectory
+from slurm.children import report
+from slurm.places import Place, places
+from workers.frontend.app import App, Served
+from workers.frontend.errors import error_body
+from workers.frontend.exchange import Pool
+from workers.frontend.http import Server
+from workers.frontend.links import Links
+from workers.frontend.metrics import Metrics
+from workers.frontend.router import mode
+from workers.frontend.text import Text
+from workers.runtime.etcd import Etcd
+from workers.runtime.events import LoadEvent, follow_load
+from workers.runtime.logs import set_up_logging
+from workers.runtime.registry import follow
+
+log = logging.getLogger("workers.frontend")
+
+
+def main() -> int:
+    """Serve until SIGTERM, then let what runs finish."""
+    run, name = RunDirectory(Path(sys.argv[1])), sys.argv[2]
+    set_up_logging(name)
+    recipe, job, control = run.recipe(), run.job(), run.control()
+    if job is None or control is None:
+        raise SystemExit(f"{run.path} has no running deployment: its job.json or control.json is missing")
+    place = places(run.ranks(job.attempt))[0]
+    index = plan(recipe).frontends.index(name)
+    uvloop.run(serve(recipe, control, place, port_of(recipe, place, index), run.api_key(), name))
+    return 0
+
+
+def port_of(recipe: Recipe, place: Place, index: int) -> int:
+    """The port of a frontend process: the recipe's, counting up, or one of the rank's block."""
+    if recipe.frontend.port is not None:
+        return recipe.frontend.port + index
+    return int(place.port(FRONTEND_PORT + index))
+
+
+async def serve(recipe: Recipe, control: Control, place: Place, port: int, api_key: str, name: str) -> None:
+    """Serve until SIGTERM."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop.set)
+    metrics = Metrics()
+    readiness = Readiness()
+    links = Links(control.worker_public, recipe.frontend.stall_timeout_s, lambda: readiness.look(pool))
+    pool = Pool(
+        links,
+        {kind: mode(recipe.frontend.router) for kind in Kind},
+        recipe.disaggregated,
+        lambda kind: metrics.legs.labels(kind).inc(),
+    )
+    served = Served(name=recipe.model.name, max_model_len=lambda: context_of(links), created=int(time.time()))
+    app = App(served, Text(Path(recipe.model.path)), pool, metrics, api_key)
+    server = Server(app, error_body, recipe.frontend.max_body_bytes)
+    listener = await loop.create_server(server.protocol, place.address, port, backlog=4096, reuse_address=True)
+    report("loading")
+    log.info("%s listens at http://%s:%d", name, place.address, port)
+    etcd = Etcd(control.etcd_url, control.etcd_user, control.etcd_password)
+    async with etcd, asyncio.TaskGroup() as group:
+        tasks = [
+            group.create_task(follow(etcd, recipe.name, links.update), name="discovery"),
+            group.create_task(follow_load(control, recipe.name, name, lambda event: note(links, event)), name="load"),
+            group.create_task(links.keep(), name="links"),
+        ]
+        report("ready")
+        await stop.wait()
+        report("draining")
+        await drain(app, listener, server, recipe.engine.drain_s)
+        for task in tasks:
+            task.cancel()
+    links.close()
+
+
+async def drain(app: App, listener: asyncio.Server, server: Server, timeout_s: float) -> None:
+    """Refuse what is new, let what runs finish for that long, then close every connection."""
+    app.draining = True
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    while any(item.busy for item in server.connections) and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(0.05)
+    listener.close()
+    for connection in list(server.connections):
+        connection.close()
+    await asyncio.sleep(0)
+
+
+class Readiness:
+    """Says so in the log when the deployment begins or ceases to be able to answer."""
+
+    def __init__(self) -> None:
+        self._missing: list[Kind] | None = None
+
+    def look(self, pool: Pool) -> None:
+        """Compare with what was so before."""
+        missing = pool.missing
+        if missing != self._missing:
+            self._missing = missing
+            log.info("requests are routed" if not missing else "no %s worker is ready", *([", ".join(missing)] if missing else []))
+
+
+def context_of(links: Links) -> int:
+    """The shortest context among the workers; 0 while there is none."""
+    return min((link.card.max_model_len for link in links), default=0)
+
+
+def note(links: Links, event: LoadEvent) -> None:
+    """Keep what a worker reported for the router."""
+    link = links.by_member(event.member)
+    if link is not None and link.card.instance == event.instance:
+        link.waiting, link.kv_usage = event.waiting, event.kv_usage
+
+
+if __name__ == "__main__":
+    sys.exit(main())

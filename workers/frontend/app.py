@@ -1,0 +1,312 @@
+"""The routes: authenticate, validate, tokenize, have the questions answered, and write the answer.
+
+Per stream the worker's bytes go straight to the connection. What only the frontend can know is written here: the
+envelope of a unary answer, the usage of all choices together, `[DONE]`, and errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from workers.frontend.errors import ApiError, error_body
+from workers.frontend.exchange import Answered, Pool, Question, answer
+from workers.frontend.http import Connection, Request
+from workers.frontend.metrics import Metrics
+from workers.frontend.openai import ChatRequest, Common, CompletionRequest, parse
+from workers.frontend.text import Text
+from workers.engine.render import chunk
+from workers.runtime.wire import Render, Shape, pack
+
+DONE = b"data: [DONE]\n\n"
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions
+TOKENIZE_IN_THREAD_CHARS = 4096
+REQUEST_ID_HEADER = "x-request-id"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """The model of the deployment."""
+
+    name: str
+    max_model_len: Callable[[], int]
+    """Context length, as the workers say; 0 while none is there."""
+    created: int
+
+
+class App:
+    """The handler of all requests."""
+
+    def __init__(self, served: Served, text: Text, pool: Pool, metrics: Metrics, api_key: str) -> None:
+        self._served = served
+        self._text = text
+        self._pool = pool
+        self._metrics = metrics
+        self._authorization = f"Bearer {api_key}".encode()
+        self.draining = False
+        self._routes: dict[tuple[str, str], Callable[[Request, Connection], Awaitable[None]]] = {
+            ("POST", "/v1/chat/completions"): self._chat,
+            ("POST", "/v1/completions"): self._completion,
+            ("GET", "/v1/models"): self._models,
+            ("GET", "/health"): self._health,
+            ("GET", "/live"): self._live,
+            ("GET", "/metrics"): self._metrics_page,
+        }
+        self._methods = {path: method for method, path in self._routes}
+
+    async def __call__(self, request: Request, connection: Connection) -> None:
+        """Answer one request."""
+        path = request.path
+        status = 200
+        self._metrics.active.inc()
+        try:
+            await self._route(request)(request, connection)
+        except ApiError as error:
+            status = error.status
+            connection.respond(status, error.body(), error.headers())
+        except asyncio.CancelledError:
+            status = 499  # the client closed the connection; nobody reads this status but the metrics
+            self._metrics.disconnected.inc()
+            raise
+        finally:
+            self._metrics.active.dec()
+            self._metrics.requests.labels(path if path in self._methods else "other", str(status)).inc()
+
+    def _route(self, request: Request) -> Callable[[Request, Connection], Awaitable[None]]:
+        handler = self._routes.get((request.method, request.path))
+        if handler is None:
+            if request.path in self._methods:
+                raise ApiError(405, f"{request.path} takes {self._methods[request.path]}, not {request.method}")
+            raise ApiError(404, f"there is no route {request.path}")
+        if request.path.startswith("/v1/"):
+            self._authenticate(request)
+        return handler
+
+    def _authenticate(self, request: Request) -> None:
+        given = request.headers.get("authorization", "")
+        if not hmac.compare_digest(given.encode(), self._authorization):
+            raise ApiError(401, "the API key is missing or wrong: send it as `Authorization: Bearer <key>`")
+
+    # --- generation -----------------------------------------------------------------------------------------------
+
+    async def _chat(self, request: Request, connection: Connection) -> None:
+        ask = parse(request.body, ChatRequest)
+        self._admit(ask)
+        ask.check()
+        size = len(request.body)
+        prompt = await self._tokenize(size, lambda: self._text.chat(ask.messages, ask.chat_template_kwargs))
+        await self._generate(Generation(Shape.CHAT, ask, [prompt]), request, connection)
+
+    async def _completion(self, request: Request, connection: Connection) -> None:
+        ask = parse(request.body, CompletionRequest)
+        self._admit(ask)
+        ask.check()
+        prompts = [await self._prompt(prompt) for prompt in ask.prompts()]
+        if ask.max_tokens is None:
+            ask.max_tokens = COMPLETION_MAX_TOKENS
+        await self._generate(Generation(Shape.COMPLETION, ask, prompts), request, connection)
+
+    async def _prompt(self, prompt: str | list[int]) -> bytes:
+        if isinstance(prompt, str):
+            return await self._tokenize(len(prompt), lambda: self._text.encode(prompt))
+        if any(not 0 <= token < self._text.vocabulary for token in prompt):
+            raise ApiError(400, f"prompt has token ids outside 0 to {self._text.vocabulary - 1}", param="prompt")
+        return pack(prompt)
+
+    async def _tokenize(self, size: int, work: Callable[[], bytes]) -> bytes:
+        """Long texts are tokenized in a thread: the tokenizer lets go of the GIL, and other streams go on."""
+        return work() if size < TOKENIZE_IN_THREAD_CHARS else await asyncio.to_thread(work)
+
+    def _admit(self, ask: Common) -> None:
+        if ask.model != self._served.name:
+            raise ApiError(404, f"the model {ask.model!r} does not exist; this deployment serves {self._served.name!r}", "model")
+        if self.draining:
+            raise ApiError(503, "the deployment is stopping", retry_after_s=5)
+        if self._pool.missing:
+            raise ApiError(503, self._reason(), retry_after_s=1)
+
+    async def _generate(self, generation: Generation, request: Request, connection: Connection) -> None:
+        generation.limit(self._served.max_model_len())
+        request_id = request.headers.get(REQUEST_ID_HEADER) or secrets.token_hex(16)
+        header = b"x-request-id: %b\r\n" % request_id.encode("latin-1", "replace")
+        envelope = generation.envelope(self._served.name)
+        answers = Streamed(connection, header, self._metrics) if generation.ask.stream else Collected()
+        chunked = request.chunked
+        questions = generation.questions(envelope, chunked)
+        try:
+            ends = await self._all_answers(questions, answers)
+        except ApiError as error:
+            if not isinstance(answers, Streamed) or not answers.begun:
+                raise
+            # After the first byte an error is an event that ends the stream.
+            answers.write(framed(b"data: " + error.body() + b"\n\n" + DONE, chunked))
+            connection.end_events()
+            return
+        usage = self._count(generation, ends)
+        if isinstance(answers, Streamed):
+            for end in ends:
+                answers.write(end.data)
+            tail = f"data: {envelope}\"choices\":[],\"usage\":{usage}}}\n\n" if generation.ask.include_usage else ""
+            answers.write(framed(tail.encode() + DONE, chunked))
+            connection.end_events()
+        else:
+            choices = b",".join(end.data for end in ends)
+            body = b'%b"choices":[%b],"usage":%b}' % (envelope.encode(), choices, usage.encode())
+            connection.respond(200, body, header)
+
+    async def _all_answers(self, questions: list[Question], answers: Streamed | Collected) -> list[Answered]:
+        """The answers in the order of the questions; the first failure cancels the rest."""
+        if len(questions) == 1:
+            return [await answer(self._pool, questions[0], answers.write)]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(answer(self._pool, item, answers.write)) for item in questions]
+        except* ApiError as errors:
+            raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    def _count(self, generation: Generation, ends: list[Answered]) -> str:
+        """The usage of all choices together: a prompt counts once, however many answers it got."""
+        prompt = sum(len(prompt) // 4 for prompt in generation.prompts)
+        completion = sum(end.completion_tokens for end in ends)
+        cached = sum(end.cached_tokens for end in ends[:: generation.choices])
+        self._metrics.prompt_tokens.inc(prompt)
+        self._metrics.completion_tokens.inc(completion)
+        self._metrics.cached_tokens.inc(cached)
+        return (
+            f'{{"prompt_tokens":{prompt},"completion_tokens":{completion},"total_tokens":{prompt + completion},'
+            f'"prompt_tokens_details":{{"cached_tokens":{cached}}}}}'
+        )
+
+    # --- the rest -------------------------------------------------------------------------------------------------
+
+    async def _models(self, request: Request, connection: Connection) -> None:
+        served = self._served
+        model = {
+            "id": served.name,
+            "object": "model",
+            "created": served.created,
+            "owned_by": "baton",
+            "max_model_len": served.max_model_len(),
+        }
+        connection.respond(200, msgspec.json.encode({"object": "list", "data": [] if self._pool.missing else [model]}))
+
+    async def _health(self, request: Request, connection: Connection) -> None:
+        if self.draining or self._pool.missing:
+            connection.respond(503, msgspec.json.encode({"status": "unavailable", "reason": self._reason()}))
+        else:
+            connection.respond(200, b'{"status":"ready"}')
+
+    async def _live(self, request: Request, connection: Connection) -> None:
+        connection.respond(200, b'{"status":"alive"}')
+
+    async def _metrics_page(self, request: Request, connection: Connection) -> None:
+        connection.respond(200, self._metrics.page(), content_type=b"text/plain; version=0.0.4; charset=utf-8")
+
+    def _reason(self) -> str:
+        if self.draining:
+            return "the deployment is stopping"
+        return f"no {' and no '.join(self._pool.missing)} worker is ready"
+
+
+class Generation:
+    """One request for answers: every prompt gets `n` of them."""
+
+    def __init__(self, shape: Shape, ask: ChatRequest | CompletionRequest, prompts: list[bytes]) -> None:
+        self.shape = shape
+        self.ask = ask
+        self.prompts = prompts
+        self.choices = ask.n or 1
+        self._id = f"{'chatcmpl' if shape is Shape.CHAT else 'cmpl'}-{secrets.token_hex(12)}"
+        self._limits: list[int] = []
+
+    def limit(self, max_model_len: int) -> None:
+        """Decide how many tokens each answer may have.
+
+        Raises:
+            ApiError: 400, a prompt leaves no room for an answer.
+        """
+        wanted = self.ask.max_tokens
+        if wanted is not None and wanted > max_model_len:
+            raise ApiError(400, f"max_tokens={wanted} is more than the context of {max_model_len} tokens", "max_tokens")
+        for prompt in self.prompts:
+            tokens = len(prompt) // 4
+            if tokens >= max_model_len:
+                raise ApiError(
+                    400,
+                    f"this model's maximum context length is {max_model_len} tokens, but the prompt has {tokens} tokens "
+                    "and leaves no room for an answer: shorten it",
+                    param="messages" if self.shape is Shape.CHAT else "prompt",
+                )
+            room = max_model_len - tokens
+            self._limits.append(room if wanted is None else min(room, wanted))
+
+    def envelope(self, model: str) -> str:
+        """The beginning of every JSON object of the answer, up to its choices."""
+        kind = "text_completion"
+        if self.shape is Shape.CHAT:
+            kind = "chat.completion.chunk" if self.ask.stream else "chat.completion"
+        quoted = msgspec.json.encode(model).decode()
+        return f'{{"id":"{self._id}","object":"{kind}","created":{int(time.time())},"model":{quoted},'
+
+    def questions(self, envelope: str, chunked: bool) -> list[Question]:
+        """What the workers are asked: each answer is a question of its own, on whichever worker."""
+        sampling = self.ask.sampling()
+        tail = ',"usage":null}' if self.ask.include_usage else "}"
+        found = []
+        for number, prompt in enumerate(self.prompts):
+            for choice in range(self.choices):
+                index = number * self.choices + choice
+                own = sampling | {"max_tokens": self._limits[number]}
+                if choice and self.ask.seed is not None:
+                    own["seed"] = self.ask.seed + choice  # else all n answers would be the same
+                found.append(
+                    Question(
+                        request_id=f"{self._id}-{index}",
+                        prompt=prompt,
+                        sampling=own,
+                        render=Render(self.shape, self.ask.stream, chunked, envelope, tail, index),
+                        priority=self.ask.priority,
+                    )
+                )
+        return found
+
+
+class Streamed:
+    """The bytes of a stream: its head is sent with the first of them, so that an early error keeps its own status."""
+
+    def __init__(self, connection: Connection, header: bytes, metrics: Metrics) -> None:
+        self.begun = False
+        self._connection = connection
+        self._header = header
+        self._metrics = metrics
+        self._asked = time.perf_counter()
+
+    def write(self, data: bytes) -> None:
+        """Send bytes that are already framed."""
+        if not self.begun:
+            self.begun = True
+            self._metrics.first_byte.observe(time.perf_counter() - self._asked)
+            self._connection.begin_events(self._header)
+        self._connection.write(data)
+
+
+class Collected:
+    """A unary answer: nothing is sent before its end."""
+
+    def write(self, data: bytes) -> None:
+        """A worker has nothing to say before the end of a unary answer."""
+
+
+def framed(payload: bytes, chunked: bool) -> bytes:
+    """The payload as a chunk where the client's HTTP version knows chunks."""
+    return chunk(payload) if chunked else payload
+
+
+__all__ = ["App", "Served", "error_body"]

@@ -1,0 +1,243 @@
+"""HTTP/1.1 on asyncio, as little of it as an API server needs: httptools parses, this module keeps the connection.
+
+A connection serves one request at a time; pipelined ones wait. The handler runs as a task that is cancelled when the
+client goes away. Streaming answers are written straight to the transport: per token nothing is awaited and no task wakes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from urllib.parse import unquote
+
+import httptools
+
+log = logging.getLogger(__name__)
+
+MAX_HEAD_BYTES = 64 << 10
+MAX_PIPELINED = 16
+CHUNKED_END = b"0\r\n\r\n"
+STATUS_LINES = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
+}
+
+
+@dataclass(slots=True)
+class Request:
+    """A whole request; header names are lower case."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    chunked: bool
+    """Whether the client's HTTP version knows chunked answers."""
+    keep_alive: bool
+
+
+Handler = Callable[[Request, "Connection"], Awaitable[None]]
+# (status, message) to the (headers, body) of an error that the HTTP layer itself answers with.
+ErrorBody = Callable[[int, str], bytes]
+
+
+@dataclass(slots=True)
+class Server:
+    """What all connections of a listening socket share."""
+
+    handler: Handler
+    error_body: ErrorBody
+    max_body_bytes: int
+    connections: set[Connection] = field(default_factory=set)
+
+    def protocol(self) -> Connection:
+        """A protocol for a new connection."""
+        return Connection(self)
+
+
+class Connection(asyncio.Protocol):
+    """One client connection, and the answer to its current request."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpRequestParser(self)
+        self._waiting: deque[Request] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._current: Request | None = None
+        self._paused_reading = False
+        self._reset()
+
+    # --- asyncio's side -----------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio.Protocol."""
+        self._transport = transport  # type: ignore[assignment]  # a stream protocol gets a Transport
+        self._server.connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """asyncio.Protocol; nobody reads the answer any more."""
+        self._transport = None
+        self._server.connections.discard(self)
+        if self._task:
+            self._task.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio.Protocol."""
+        if self._refused:
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._refuse(400, "protocol upgrades are not supported")
+        except httptools.HttpParserError as error:
+            self._refuse(400, f"this is not HTTP/1.1: {error}")
+
+    def eof_received(self) -> bool:
+        """asyncio.Protocol; a client that has sent everything may still read."""
+        return self._task is not None
+
+    # --- httptools' side ----------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """httptools callback."""
+        self._reset()
+
+    def on_url(self, url: bytes) -> None:
+        """httptools callback; long URLs come in parts."""
+        self._url += url
+        self._count_head(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """httptools callback."""
+        self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+        self._count_head(len(name) + len(value))
+
+    def on_headers_complete(self) -> None:
+        """httptools callback."""
+        length = self._headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self._server.max_body_bytes:
+            self._too_large()
+        elif self._headers.get("expect", "").lower() == "100-continue":
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, body: bytes) -> None:
+        """httptools callback."""
+        self._size += len(body)
+        if self._size > self._server.max_body_bytes:
+            self._too_large()
+        elif not self._refused:
+            self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        """httptools callback."""
+        if self._refused:
+            return
+        path = unquote(self._url.split(b"?", 1)[0].decode("latin-1"))
+        request = Request(
+            method=self._parser.get_method().decode(),
+            path=path,
+            headers=self._headers,
+            body=b"".join(self._body),
+            chunked=self._parser.get_http_version() == "1.1",
+            keep_alive=self._parser.should_keep_alive(),
+        )
+        self._waiting.append(request)
+        if len(self._waiting) >= MAX_PIPELINED and self._transport:
+            self._transport.pause_reading()
+            self._paused_reading = True
+        self._next()
+
+    # --- the handler's side -------------------------------------------------------------------------------------
+
+    def respond(self, status: int, body: bytes, headers: bytes = b"", content_type: bytes = b"application/json") -> None:
+        """Answer the current request whole; `headers` are further header lines, each ending in CRLF."""
+        close = b"" if self._current and self._current.keep_alive else b"Connection: close\r\n"
+        self.write(
+            b"%bContent-Type: %b\r\nContent-Length: %d\r\n%b%b\r\n%b"
+            % (STATUS_LINES[status], content_type, len(body), close, headers, body)
+        )
+
+    def begin_events(self, headers: bytes = b"") -> None:
+        """Begin a stream of server-sent events; what follows must be chunked as the request's `chunked` says."""
+        assert self._current
+        framing = b"Transfer-Encoding: chunked\r\n" if self._current.chunked else b"Connection: close\r\n"
+        self.write(
+            b"%bContent-Type: text/event-stream; charset=utf-8\r\nCache-Control: no-cache\r\n%b%b\r\n"
+            % (STATUS_LINES[200], framing, headers)
+        )
+
+    def write(self, data: bytes) -> None:
+        """Send; what a slow client does not take yet waits in the transport."""
+        if self._transport:
+            self._transport.write(data)
+
+    def end_events(self) -> None:
+        """End a stream of server-sent events."""
+        assert self._current
+        if self._current.chunked:
+            self.write(CHUNKED_END)
+        else:
+            self._current.keep_alive = False
+
+    def close(self) -> None:
+        """Close once what was written has been sent."""
+        if self._transport:
+            self._transport.close()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being answered."""
+        return self._task is not None
+
+    # --- inside -------------------------------------------------------------------------------------------------
+
+    def _reset(self) -> None:
+        self._url = b""
+        self._headers: dict[str, str] = {}
+        self._head_size = 0
+        self._body: list[bytes] = []
+        self._size = 0
+        self._refused = False
+
+    def _next(self) -> None:
+        if self._task is None and self._waiting:
+            self._current = self._waiting.popleft()
+            self._task = asyncio.create_task(self._serve(self._current))
+            if self._paused_reading and self._transport:
+                self._transport.resume_reading()
+                self._paused_reading = False
+
+    async def _serve(self, request: Request) -> None:
+        try:
+            await self._server.handler(request, self)
+        except Exception:  # noqa: BLE001 - the last line of defence: a bug ends this connection, not the frontend
+            log.exception("%s %s failed", request.method, request.path)
+            self.close()
+        finally:
+            self._task = None
+        if not request.keep_alive:
+            self.close()
+        self._next()
+
+    def _count_head(self, size: int) -> None:
+        self._head_size += size
+        if self._head_size > MAX_HEAD_BYTES:
+            self._refuse(431, f"the request's head is larger than {MAX_HEAD_BYTES} bytes")
+
+    def _too_large(self) -> None:
+        self._refuse(413, f"the request's body is larger than {self._server.max_body_bytes} bytes")
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer what cannot be read as a request, and close: where the next request begins is not known."""
+        if self._refused:
+            return
+        self._refused = True
+        self._body.clear()
+        if self._task is None:
+            self._current = None
+            self.respond(status, self._server.error_body(status, message))
+        self.close()

@@ -1,0 +1,217 @@
+"""The frontend's side of the request plane: one link to each worker, and who is alive.
+
+etcd says where a worker is; the link says whether it serves. A link is usable while it is connected, its worker is heard
+and says that it serves. A worker that etcd no longer lists stays usable for as long as it is heard (etcd may have lost its
+data); it is forgotten once it is both unlisted and silent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import msgspec
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from workers.runtime import wire
+from workers.runtime.registry import Card
+from workers.runtime.sockets import LoopSocket
+
+log = logging.getLogger(__name__)
+
+PING_S = 1.0
+CHECK_S = 0.25
+LOST = wire.Failed(0, 503, "unavailable", "the worker was lost", True)
+
+
+class Sink(Protocol):
+    """Where what a worker says of one stream goes."""
+
+    def feed(self, ids: bytes, data: bytes) -> None:
+        """New token ids, and bytes for the client."""
+        ...
+
+    def end(self, last: wire.End | wire.Prefilled | wire.Failed) -> None:
+        """The last word on the stream."""
+        ...
+
+
+class Link:
+    """The connection to one instance of a worker."""
+
+    def __init__(
+        self, card: Card, context: zmq.Context[Any], curve_server: str, stall_timeout_s: float, on_change: Callable[[], None]
+    ) -> None:
+        self.card = card
+        self.listed = True
+        self.waiting = 0
+        self.kv_usage = 0.0
+        self._streams: dict[int, Sink] = {}
+        self._numbers = itertools.count(1)
+        self._stall_timeout_s = stall_timeout_s
+        self._on_change = on_change
+        self._connected = False
+        self._serving = False
+        self._heard = 0.0
+        self._socket = self._connect(context, curve_server)
+        self._monitor = self._watch()
+        self._socket.raw.connect(card.address)
+
+    @property
+    def usable(self) -> bool:
+        """Whether new requests may go to the worker."""
+        return self._connected and self._serving and time.monotonic() - self._heard < self._stall_timeout_s
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing was heard for the stall timeout."""
+        return time.monotonic() - self._heard > self._stall_timeout_s
+
+    @property
+    def in_flight(self) -> int:
+        """Streams of this frontend that the worker is serving."""
+        return len(self._streams)
+
+    def open(self, build: Callable[[int], wire.Generate], sink: Sink) -> int:
+        """Send a request for a new stream, whose number `build` is given; what comes back goes to the sink."""
+        number = next(self._numbers)
+        self._streams[number] = sink
+        if not self._socket.send([wire.encode(build(number))]):
+            self._end(number, LOST)
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Nobody waits for a stream any more; does nothing if it has ended."""
+        if self._streams.pop(number, None):
+            self._socket.send([wire.encode(wire.Cancel(number))])
+
+    def release(self, request_id: str, transfer: bytes) -> None:
+        """Ask a decode worker to free what a prefill worker holds for a decode that will not come."""
+        self._socket.send([wire.encode(wire.Release(request_id, transfer))])
+
+    def ping(self) -> None:
+        """Tell the worker that this frontend lives."""
+        self._socket.send([wire.encode(wire.Ping())])
+
+    def lose(self, why: str) -> None:
+        """Give up all streams: the worker is gone or is not heard."""
+        if self._streams:
+            log.warning("%s %s with %d requests running", self.card.member, why, len(self._streams))
+        for number in list(self._streams):
+            self._end(number, LOST)
+
+    def close(self) -> None:
+        """End the link and its streams."""
+        self.lose("left")
+        self._monitor.close()
+        self._socket.close()
+
+    def _connect(self, context: zmq.Context[Any], curve_server: str) -> LoopSocket:
+        socket = LoopSocket(context, zmq.DEALER, self._on_message)
+        socket.raw.curve_publickey, socket.raw.curve_secretkey = zmq.curve_keypair()
+        socket.raw.curve_serverkey = curve_server.encode()
+        # Frames must not queue for a worker that is not there: a request is then better sent elsewhere.
+        socket.raw.setsockopt(zmq.IMMEDIATE, 1)
+        socket.raw.setsockopt(zmq.RECONNECT_IVL, 50)
+        socket.raw.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        return socket
+
+    def _watch(self) -> LoopSocket:
+        events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        address = f"inproc://monitor-{id(self)}"
+        self._socket.raw.monitor(address, events)
+        monitor = LoopSocket(self._socket.raw.context, zmq.PAIR, self._on_event)
+        monitor.raw.connect(address)
+        return monitor
+
+    def _on_event(self, parts: list[bytes]) -> None:
+        event = parse_monitor_message(parts)["event"]
+        self._connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        if self._connected:
+            self.ping()
+        else:
+            self._serving = False
+            self.lose("disconnected")
+        self._on_change()
+
+    def _on_message(self, parts: list[bytes]) -> None:
+        try:
+            message = wire.decode_to_frontend(parts[-1])
+        except msgspec.DecodeError:
+            log.warning("dropped a message of %d bytes from %s that is none of ours", len(parts[-1]), self.card.member)
+            return
+        self._heard = time.monotonic()
+        if isinstance(message, wire.Beat):
+            if message.serving != self._serving:
+                self._serving = message.serving
+                self._on_change()
+            return
+        streams = self._streams
+        for number, ids, data in message.deltas:
+            sink = streams.get(number)
+            if sink is not None:
+                sink.feed(ids, data)
+        for last in (*message.ends, *message.prefilled, *message.failed):
+            self._end(last.stream, last)
+
+    def _end(self, number: int, last: wire.End | wire.Prefilled | wire.Failed) -> None:
+        sink = self._streams.pop(number, None)
+        if sink is not None:
+            sink.end(last)
+
+
+class Links:
+    """All links of a frontend."""
+
+    def __init__(self, curve_server: str, stall_timeout_s: float, on_change: Callable[[], None]) -> None:
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._curve_server = curve_server
+        self._stall_timeout_s = stall_timeout_s
+        self._on_change = on_change
+        self._links: dict[str, Link] = {}
+
+    def __iter__(self) -> Iterator[Link]:
+        return iter(list(self._links.values()))
+
+    def update(self, cards: dict[str, Card]) -> None:
+        """Follow what etcd lists: connect to new instances, mark those that are no longer listed."""
+        listed = {card.instance: card for card in cards.values()}
+        for instance, card in listed.items():
+            if instance not in self._links:
+                self._links[instance] = Link(
+                    card, self._context, self._curve_server, self._stall_timeout_s, self._on_change
+                )
+        for instance, link in self._links.items():
+            link.listed = instance in listed
+        self._on_change()
+
+    def by_member(self, member: str) -> Link | None:
+        """The link to the member's present instance."""
+        found = [link for link in self._links.values() if link.card.member == member and link.listed]
+        return found[-1] if found else None
+
+    async def keep(self) -> None:
+        """Ping every worker, give up the streams of those that fell silent, forget the ones that are gone; for ever."""
+        for tick in itertools.count():
+            for instance, link in list(self._links.items()):
+                if tick % round(PING_S / CHECK_S) == 0:
+                    link.ping()
+                if link.silent:
+                    link.lose("is not heard")
+                    if not link.listed:
+                        link.close()
+                        del self._links[instance]
+                        self._on_change()
+            await asyncio.sleep(CHECK_S)
+
+    def close(self) -> None:
+        """End all links."""
+        for link in self._links.values():
+            link.close()
+        self._links.clear()
+        self._context.destroy(linger=0)

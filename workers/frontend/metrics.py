@@ -1,0 +1,46 @@
+"""What a frontend counts. Per request, not per token: tokens are added when a stream ends."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+TTFT_BUCKETS = (0.0022, 0.0047, 0.01, 0.022, 0.047, 0.1, 0.22, 0.47, 1.0, 2.2, 4.7, 10.0, 22.0, 48.0, 100.0)
+
+
+class Metrics:
+    """The frontend's metrics, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "baton_frontend_requests_total", "Requests by their answer.", ("route", "status"), registry=self.registry
+        )
+        self.legs = Counter(
+            "baton_frontend_legs_total",
+            "Legs of requests sent to workers; prefill legs are prompts computed apart from their decode.",
+            ("kind",),
+            registry=self.registry,
+        )
+        self.prompt_tokens = Counter(
+            "baton_frontend_prompt_tokens_total", "Tokens of the prompts that were answered.", registry=self.registry
+        )
+        self.cached_tokens = Counter(
+            "baton_frontend_cached_tokens_total", "Of those, tokens found in a prefix cache.", registry=self.registry
+        )
+        self.completion_tokens = Counter(
+            "baton_frontend_completion_tokens_total", "Tokens of the answers.", registry=self.registry
+        )
+        self.active = Gauge("baton_frontend_active_requests", "Requests being answered.", registry=self.registry)
+        self.disconnected = Counter(
+            "baton_frontend_disconnected_clients_total", "Clients that left before their answer.", registry=self.registry
+        )
+        self.first_byte = Histogram(
+            "baton_frontend_time_to_first_token_seconds",
+            "From the whole request to the first bytes of a stream, in seconds.",
+            buckets=TTFT_BUCKETS,
+            registry=self.registry,
+        )
+
+    def page(self) -> bytes:
+        """The page for Prometheus."""
+        return generate_latest(self.registry)

@@ -1,0 +1,1 @@
+"""The planes between processes: discovery (etcd), events (NATS), requests (ZMQ)."""

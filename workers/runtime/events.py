@@ -1,0 +1,83 @@
+"""The event plane: NATS subjects of a deployment. Losing it costs freshness, never a request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import msgspec
+import nats
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from launch.records import Control
+
+log = logging.getLogger(__name__)
+
+LOAD_S = 0.5
+
+
+class LoadEvent(msgspec.Struct, kw_only=True):
+    """How busy a worker is; `kv_usage` is the share of its KV blocks in use, 0 to 1."""
+
+    member: str
+    instance: str
+    running: int
+    waiting: int
+    kv_usage: float
+
+
+async def connect(control: Control, name: str) -> Client:
+    """A connection that comes back by itself; waits for the server to be there at all."""
+
+    async def quiet(error: Exception) -> None:
+        log.debug("NATS: %s", error)
+
+    while True:
+        try:
+            return await nats.connect(
+                control.nats_url,
+                user=control.nats_user,
+                password=control.nats_password,
+                name=name,
+                max_reconnect_attempts=-1,
+                reconnect_time_wait=0.5,
+                error_cb=quiet,
+            )
+        except (OSError, nats.errors.Error) as error:
+            log.warning("NATS is away (%s)", error)
+            await asyncio.sleep(0.5)
+
+
+async def publish_load(control: Control, deployment: str, read: Callable[[], LoadEvent]) -> None:
+    """Publish what `read` returns, twice a second, for ever."""
+    client = await connect(control, read().member)
+    try:
+        while True:
+            event = read()
+            # While the server is away nats-py buffers; an old load is worth nothing, so it is dropped instead.
+            if client.is_connected:
+                await client.publish(_load_subject(deployment, event.member), msgspec.msgpack.encode(event))
+            await asyncio.sleep(LOAD_S)
+    finally:
+        await client.close()
+
+
+async def follow_load(control: Control, deployment: str, name: str, on_load: Callable[[LoadEvent], None]) -> None:
+    """Call `on_load` with every load report of the deployment's workers, for ever."""
+    client = await connect(control, name)
+
+    async def handle(message: Msg) -> None:
+        on_load(msgspec.msgpack.decode(message.data, type=LoadEvent))
+
+    try:
+        await client.subscribe(_load_subject(deployment, "*"), cb=handle)
+        await asyncio.Event().wait()
+    finally:
+        await client.close()
+
+
+def _load_subject(deployment: str, member: str) -> str:
+    # A dot in a name would split the subject into more tokens than the wildcard matches.
+    return f"baton.{deployment.replace('.', '_')}.load.{member.replace('.', '_') if member != '*' else '*'}"

@@ -1,0 +1,114 @@
+"""Discovery: workers register themselves in etcd under a lease, frontends follow.
+
+Serve first, then register; withdraw first, then stop. etcd says *where* a worker is; whether it serves is said by the
+request plane (`workers.frontend.links`), so that losing etcd loses no request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+
+import msgspec
+
+from launch.recipe import Kind
+from workers.runtime.etcd import Etcd, EtcdError, LeaseLostError
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 0.3
+
+
+class Card(msgspec.Struct, kw_only=True, frozen=True):
+    """What a worker says of itself. `instance` is new with every start of the process."""
+
+    member: str
+    instance: str
+    kind: Kind
+    address: str
+    metrics: str
+    model: str
+    max_model_len: int
+    block_size: int
+    version: str
+
+
+def key(deployment: str, member: str) -> str:
+    """Key of a member's card."""
+    return f"{prefix(deployment)}{member}"
+
+
+def prefix(deployment: str) -> str:
+    """Where the cards of a deployment are."""
+    return f"/baton/{deployment}/workers/"
+
+
+@contextlib.asynccontextmanager
+async def registered(etcd: Etcd, deployment: str, card: Card, ttl_s: int) -> AsyncIterator[None]:
+    """Keep the card registered for as long as the block runs, through losses of etcd and of its data.
+
+    Returns from entering once the card was first stored; withdraws on leaving, if etcd can be reached within 1 s.
+    """
+    stored = asyncio.Event()
+    task = asyncio.create_task(_keep(etcd, key(deployment, card.member), msgspec.json.encode(card), ttl_s, stored))
+    try:
+        await stored.wait()
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        with contextlib.suppress(EtcdError, TimeoutError):
+            async with asyncio.timeout(1):
+                await etcd.delete(key(deployment, card.member))
+
+
+async def follow(etcd: Etcd, deployment: str, on_cards: Callable[[dict[str, Card]], None]) -> None:
+    """Call `on_cards` with all cards of the deployment, by member, now and after each change; for ever.
+
+    While etcd is away nothing is called: what was known last stays known.
+    """
+    connected = True
+    while True:
+        try:
+            found, revision = await etcd.prefix(prefix(deployment))
+            cards = {_member(name): msgspec.json.decode(value, type=Card) for name, value in found.items()}
+            on_cards(dict(cards))
+            if not connected:
+                log.info("etcd is back")
+            connected = True
+            async for changes in etcd.watch(prefix(deployment), revision + 1):
+                for change in changes:
+                    if change.value is None:
+                        cards.pop(_member(change.key), None)
+                    else:
+                        cards[_member(change.key)] = msgspec.json.decode(change.value, type=Card)
+                on_cards(dict(cards))
+        except EtcdError as error:
+            if connected:
+                log.warning("etcd is away (%s); routing goes on with what was known", error)
+            connected = False
+        await asyncio.sleep(RETRY_S)
+
+
+async def _keep(etcd: Etcd, name: str, value: bytes, ttl_s: int, stored: asyncio.Event) -> None:
+    lease = 0
+    while True:
+        try:
+            if not lease:
+                lease = await etcd.grant(ttl_s)
+                await etcd.put(name, value, lease)
+                stored.set()
+            await asyncio.sleep(ttl_s / 3)
+            await etcd.keep_alive(lease)
+        except LeaseLostError:
+            log.warning("the registration of %s was lost; registering again", name)
+            lease = 0
+        except EtcdError:
+            await asyncio.sleep(RETRY_S)
+
+
+def _member(name: str) -> str:
+    return name.rpartition("/")[2]

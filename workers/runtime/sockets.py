@@ -1,0 +1,62 @@
+"""ZMQ sockets on an asyncio loop, without a future for every message.
+
+`zmq.asyncio` allocates futures and polls for each receive; here the loop watches the socket's descriptor and one callback
+drains it. The descriptor is edge-triggered: it fires once for any number of messages, and using the socket in any way may
+swallow the edge, so that each drain reads until nothing is left and each send looks for input again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import zmq
+
+# Messages, not bytes, that may wait for a peer: a step of a worker is one message, so this is minutes of them.
+HIGH_WATER = 10_000
+
+
+class LoopSocket:
+    """A bound or connected socket whose messages go to a callback in the loop."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], kind: int, on_message: Callable[[list[bytes]], None]) -> None:
+        self.raw = context.socket(kind)
+        self.raw.setsockopt(zmq.LINGER, 0)
+        self.raw.setsockopt(zmq.SNDHWM, HIGH_WATER)
+        self.raw.setsockopt(zmq.RCVHWM, HIGH_WATER)
+        self._on_message = on_message
+        self._loop = asyncio.get_running_loop()
+        self._descriptor = self.raw.getsockopt(zmq.FD)
+        self._loop.add_reader(self._descriptor, self._drain)
+        # Until a socket was read empty once, ZMQ takes its owner for awake and does not signal the descriptor at all.
+        self._loop.call_soon(self._drain)
+
+    def send(self, parts: list[bytes]) -> bool:
+        """Send without waiting; False when the peer is gone or has stopped reading."""
+        try:
+            self.raw.send_multipart(parts, zmq.NOBLOCK, copy=True)
+        except zmq.ZMQError as error:
+            if error.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                return False
+            raise
+        finally:
+            if not self.raw.closed and self.raw.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+                self._loop.call_soon(self._drain)
+        return True
+
+    def close(self, linger_ms: int = 0) -> None:
+        """Stop listening; what was not sent may still leave for that long, in ZMQ's own thread."""
+        self._loop.remove_reader(self._descriptor)
+        self.raw.close(linger_ms)
+
+    def _drain(self) -> None:
+        while not self.raw.closed:
+            try:
+                parts = self.raw.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                self._on_message(parts)
+            except BaseException:
+                self._loop.call_soon(self._drain)  # the rest still waits, and its edge is spent
+                raise

@@ -1,0 +1,158 @@
+"""The request plane's messages: msgpack arrays over ZMQ, typed by msgspec.
+
+A worker binds a ROUTER socket; each frontend connects one DEALER to it. A frontend names its streams with numbers of its
+own. Each engine step a worker sends *one* `Step` to each frontend with whatever its streams have produced: new token
+ids, and the finished bytes for the client, which the frontend passes on unread.
+
+Token ids travel as packed little-endian 32-bit numbers, so that keeping them (for a later continuation elsewhere) is an
+append of bytes.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+
+class Leg(StrEnum):
+    """Which part of a request a worker is asked for."""
+
+    WHOLE = "whole"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Shape(StrEnum):
+    """Which API's choices the worker renders."""
+
+    CHAT = "chat"
+    COMPLETION = "completion"
+
+
+class Render(msgspec.Struct, array_like=True):
+    """How a worker writes the answer.
+
+    With `stream`, every delta becomes one server-sent event `data: {<head>,"choices":[...]<tail>}`, framed as an HTTP/1.1
+    chunk when `chunked`. Without, the End carries one finished JSON object of the `choices` list.
+    """
+
+    shape: Shape
+    stream: bool
+    chunked: bool
+    head: str
+    tail: str
+    index: int
+
+
+class Generate(msgspec.Struct, array_like=True, tag="g"):
+    """Ask a worker for a leg of a request.
+
+    `produced` are ids that another worker already answered with: they belong to the prompt of the engine, but neither to
+    the prompt of the client nor to what is rendered again. `transfer` is what the prefill worker returned, unread.
+    """
+
+    stream: int
+    leg: Leg
+    request_id: str
+    prompt: bytes
+    produced: bytes
+    sampling: dict[str, Any]
+    render: Render | None
+    transfer: bytes = b""
+    priority: int = 0
+
+
+class Cancel(msgspec.Struct, array_like=True, tag="c"):
+    """Nobody waits for this stream any more."""
+
+    stream: int
+
+
+class Release(msgspec.Struct, array_like=True, tag="r"):
+    """To a decode worker: free the blocks that a prefill worker holds for a decode that will not come."""
+
+    request_id: str
+    transfer: bytes
+
+
+class Ping(msgspec.Struct, array_like=True, tag="p"):
+    """A frontend is there; a worker answers with a Beat at its own pace."""
+
+
+class End(msgspec.Struct, array_like=True):
+    """The last word on a stream that was served."""
+
+    stream: int
+    reason: str
+    ids: bytes
+    data: bytes
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class Prefilled(msgspec.Struct, array_like=True):
+    """The answer to a prefill leg: single use, and dead after `lifetime_s` seconds."""
+
+    stream: int
+    transfer: bytes
+    lifetime_s: float
+    prompt_tokens: int
+    cached_tokens: int
+
+
+class Failed(msgspec.Struct, array_like=True):
+    """The last word on a stream that could not be served; `retryable` if another worker might do it."""
+
+    stream: int
+    status: int
+    kind: str
+    message: str
+    retryable: bool
+
+
+class Step(msgspec.Struct, array_like=True, tag="s"):
+    """What the streams of one frontend produced in one engine step; a delta is (stream, ids, bytes for the client)."""
+
+    deltas: list[tuple[int, bytes, bytes]] = []
+    ends: list[End] = []
+    prefilled: list[Prefilled] = []
+    failed: list[Failed] = []
+
+
+class Beat(msgspec.Struct, array_like=True, tag="b"):
+    """A worker lives. `progress` grows whenever its engine did something; `serving` is False once it drains."""
+
+    instance: str
+    serving: bool
+    progress: int
+
+
+ToWorker = Generate | Cancel | Release | Ping
+ToFrontend = Step | Beat
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
+decode_to_frontend = msgspec.msgpack.Decoder(ToFrontend).decode
+
+
+def pack(ids: Iterable[int]) -> bytes:
+    """Token ids as packed little-endian 32-bit numbers."""
+    packed = array("I", ids)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack(packed: bytes) -> list[int]:
+    """The inverse of `pack`."""
+    ids = array("I")
+    ids.frombytes(packed)
+    if sys.byteorder == "big":
+        ids.byteswap()
+    return ids.tolist()
