@@ -73,7 +73,7 @@ def launch(asked: Launch, console: Console) -> None:
     interrupted = threading.Event()
     with _on_interrupt(interrupted):
         job = submit(asked, where, run)
-        console.print(f"{run.name} submitted: {asked.launcher}, job {run.job().id}, logs in {run.path}/logs/latest")
+        console.print(f"{run.name} submitted: {asked.launcher}, job {job.job_id}, logs in {run.path}/logs/latest")
         if asked.launcher is Launcher.DEBUG:
             _run_here(job, run, console, interrupted)
         elif asked.wait is not Wait.NO:
@@ -177,7 +177,9 @@ def _raise_if_failed(run: RunDirectory, job: submitit.Job[None], view: View, con
 def _raise_ended(run: RunDirectory, view: View, how: str) -> None:
     if view.ended and not view.failure:
         return
-    raise DeploymentError(view.failure or f"{run.name} ended before its time ({how}):\n{watch.agent_logs(run, view.job)}")
+    raise DeploymentError(
+        view.failure or f"{run.name} ended before its time ({how}):\n{watch.agent_logs(run, view.job)}"
+    )
 
 
 def _check_model(asked: Launch) -> None:

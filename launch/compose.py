@@ -109,8 +109,12 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
         ),
         engine=Engine(**_fields(written.engine, backend=word(Backend, "engine.backend", written.engine.backend))),
         control=Control(**_fields(written.control)),
-        frontend=Frontend(**_fields(written.frontend, router=word(RouterMode, "frontend.router", written.frontend.router))),
-        cluster=Cluster(**_fields(written.cluster, launcher=word(Launcher, "cluster.launcher", written.cluster.launcher))),
+        frontend=Frontend(
+            **_fields(written.frontend, router=word(RouterMode, "frontend.router", written.frontend.router))
+        ),
+        cluster=Cluster(
+            **_fields(written.cluster, launcher=word(Launcher, "cluster.launcher", written.cluster.launcher))
+        ),
         slurm=Batch(
             **_fields(written.slurm, setup=tuple(written.slurm.setup), srun_args=tuple(written.slurm.srun_args))
         ),
@@ -159,13 +163,17 @@ def _refuse_missing(written: Any, prefix: str = "") -> None:
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """Hydra's complaint, led by the valid name nearest to what was written."""
     text = " ".join(str(cause).strip() for cause in (error, error.__cause__) if cause)
+    if "LexerNoViableAlt" in text or "mismatched input" in text:
+        return f"{text}\nquote a value with special characters, within the shell's own quotes: 'key=\"a&b\"'"
     if "missing mandatory value: name" in text:
         return f"nothing to launch: add +recipe=<name>, one of {', '.join(choices('recipe'))}"
     for group in GROUPS:
         for override in overrides:
             key, _, value = override.partition("=")
             if key.lstrip("+") == group and value and value not in choices(group):
-                return f"no {group} named {value!r}{closest(value, choices(group))}; there are {', '.join(choices(group))}"
+                return (
+                    f"no {group} named {value!r}{closest(value, choices(group))}; there are {', '.join(choices(group))}"
+                )
     for override in overrides:
         key = re.split(r"[=@]", override.lstrip("+~"), maxsplit=1)[0]
         if key.split(".")[0] in GROUPS and "." not in key:

@@ -77,5 +77,5 @@ class DeploymentError(LaunchError):
 
 def closest(word: str, choices: Iterable[str]) -> str:
     """`, did you mean 'x'?` for the choice nearest to `word`, or nothing when none is near."""
-    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word, [str(choice) for choice in choices], n=1, cutoff=0.5)
     return f", did you mean {near[0]!r}?" if near else ""

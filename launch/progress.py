@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from rich.console import Console
 from rich.live import Live
@@ -42,7 +43,9 @@ def rows(plan: Plan, ranks: Mapping[int, RankRecord]) -> list[Row]:
         record = ranks.get(rank)
         state = State.QUEUED if record is None else State.STARTING
         member = record.members.get(name) if record else None
-        found.append(Row(name, rank, record.host if record else "", slots, member or MemberRecord(state=state, since=0)))
+        found.append(
+            Row(name, rank, record.host if record else "", slots, member or MemberRecord(state=state, since=0))
+        )
     return found
 
 
@@ -56,7 +59,16 @@ def table(title: str, found: list[Row]) -> Table:
         restarts = str(row.record.restarts) if row.record.restarts else ""
         detail = row.record.detail.splitlines()[0][:80] if row.record.detail else ""
         style = STYLES.get(row.record.state, "")
-        shown.add_row(row.name, str(row.rank), row.host, row.slots, f"[{style}]{row.record.state}[/]" if style else str(row.record.state), age, restarts, detail)
+        shown.add_row(
+            row.name,
+            str(row.rank),
+            row.host,
+            row.slots,
+            f"[{style}]{row.record.state}[/]" if style else str(row.record.state),
+            age,
+            restarts,
+            detail,
+        )
     return shown
 
 
@@ -70,7 +82,7 @@ class Display:
         self._told: dict[str, State] = {}
         self._note = ""
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> Self:
         if self._live:
             self._live.start()
         return self
@@ -102,6 +114,6 @@ def endpoint_text(endpoint: Endpoint) -> str:
         f"models     {', '.join(endpoint.models)}\n"
         f"API key    {endpoint.api_key_file}\n"
         f"try        curl -s {endpoint.url}/chat/completions -H \"Authorization: Bearer $(cat '{endpoint.api_key_file}')\" "
-        f"-H 'Content-Type: application/json' -d '{{\"model\": \"{model}\", \"max_tokens\": 32, "
+        f'-H \'Content-Type: application/json\' -d \'{{"model": "{model}", "max_tokens": 32, '
         '"messages": [{"role": "user", "content": "Hello!"}]}\''
     )

@@ -119,7 +119,9 @@ class Control:
 
     def __post_init__(self) -> None:
         if self.lease_ttl_s < 2:
-            raise ConfigError(f"control.lease_ttl_s is at least 2 (etcd's own minimum election time), got {self.lease_ttl_s}")
+            raise ConfigError(
+                f"control.lease_ttl_s is at least 2 (etcd's own minimum election time), got {self.lease_ttl_s}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,9 @@ def main() -> int:
     alive = watch.where_alive(run)
     phase = view.phase if alive else Phase.STOPPED
     if arguments.json:
-        members = {row.name: {"rank": row.rank, "host": row.host, **msgspec.to_builtins(row.record)} for row in view.rows}
+        members = {
+            row.name: {"rank": row.rank, "host": row.host, **msgspec.to_builtins(row.record)} for row in view.rows
+        }
         state = {"name": run.name, "state": phase, "job": view.job, "endpoint": view.endpoint, "members": members}
         print(msgspec.json.format(msgspec.json.encode(state), indent=2).decode())
     else:

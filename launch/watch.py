@@ -19,7 +19,17 @@ from launch.recipe import Launcher
 from launch.records import SILENT_AFTER_S, Endpoint, Job, Phase, RankRecord, RunDirectory
 from slurm.children import tail
 
-ENDED_SLURM_STATES = {"", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
+ENDED_SLURM_STATES = {
+    "",
+    "COMPLETED",
+    "CANCELLED",
+    "FAILED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "PREEMPTED",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+}
 KILL_AFTER_S = 60.0
 POLL_S = 0.25
 
@@ -68,13 +78,14 @@ def where_alive(run: RunDirectory) -> str | None:
     if job is None:
         return None
     ranks = run.ranks(job.attempt)
-    if ranks and all(record.ended for record in ranks.values()):
-        return None
+    ended = bool(ranks) and all(record.ended for record in ranks.values())
     if job.launcher is Launcher.SLURM:
         state, _ = slurm_state(job.id)
-        if state is None:  # Slurm does not answer from here: believe the heartbeats
-            return f"Slurm job {job.id}" if recently_heard(ranks) else None
+        if state is None:  # Slurm does not answer from here: believe what the ranks wrote
+            return f"Slurm job {job.id}" if not ended and recently_heard(ranks) else None
         return None if state in ENDED_SLURM_STATES else f"Slurm job {job.id}, {state.lower()}"
+    if ended:
+        return None
     if job.host != socket.gethostname():
         return f"on {job.host}" if recently_heard(ranks) else None
     alive = [record.pid for record in ranks.values() if is_agent(record.pid)]

@@ -346,5 +346,3 @@ def _innermost(error: BaseException) -> BaseException:
 
 def _first_line(error: BaseException) -> str:
     return str(_innermost(error)) or type(_innermost(error)).__name__
-
-

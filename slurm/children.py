@@ -83,6 +83,9 @@ class Child:
             self.kill()
             reap_adopted(self.pid)
             await asyncio.sleep(0.02)
+        await asyncio.to_thread(self._remove_files)
+
+    def _remove_files(self) -> None:
         for segment in self._shared_memory:
             Path(segment).unlink(missing_ok=True)
         shutil.rmtree(self._scratch, ignore_errors=True)

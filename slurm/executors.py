@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import shutil
 import signal
 import subprocess
@@ -89,7 +91,9 @@ def check(launcher: Launcher, recipe: Recipe, plan: Plan, gpus_here: int) -> Non
             )
         needed = 1 + max(max(member.slots) for member in plan.members)
         if needed > gpus_here:
-            raise PlanError(f"the deployment needs {needed} GPUs and this machine has {gpus_here}: choose smaller counts")
+            raise PlanError(
+                f"the deployment needs {needed} GPUs and this machine has {gpus_here}: choose smaller counts"
+            )
 
 
 def gpus_here() -> int:
@@ -113,19 +117,20 @@ def submit(launcher: Launcher, recipe: Recipe, plan: Plan, run_dir: Path, folder
     if launcher is Launcher.DEBUG:
         return submitit.DebugExecutor(folder).submit(task.run, str(run_dir))
     if launcher is Launcher.LOCAL:
-        executor = submitit.LocalExecutor(folder)
-        executor.update_parameters(
+        local = submitit.LocalExecutor(folder)
+        local.update_parameters(
             tasks_per_node=plan.ranks,
             timeout_min=YEAR_MIN,  # submitit's default ends the job after two minutes
             stderr_to_stdout=True,
             gpus_per_node=plan.slots_per_node if recipe.engine.device == "cuda" else 0,
         )
-        with _shielded_children():
-            return executor.submit(task.run, str(run_dir))
+        with _shielded_children(folder / "controller.out"):
+            return local.submit(task.run, str(run_dir))
     executor = submitit.SlurmExecutor(folder, python=sys.executable)
     executor.update_parameters(**parameters(recipe, plan))
     try:
-        return executor.submit(task.run, str(run_dir))
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what sbatch says; the error below repeats it
+            return executor.submit(task.run, str(run_dir))
     except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
         raise SubmitError(f"sbatch refused the job: {_said(error)}") from error
 
@@ -133,19 +138,29 @@ def submit(launcher: Launcher, recipe: Recipe, plan: Plan, run_dir: Path, folder
 def _said(error: Exception) -> str:
     """What sbatch said, without submitit's own words around it."""
     text = str(error)
-    lines = [line.strip() for line in text.splitlines() if "error:" in line]
+    lines = [line.partition("error:")[2].strip() for line in text.splitlines() if "error:" in line]
     return "\n".join(lines) or text.strip()
 
 
 @contextlib.contextmanager
-def _shielded_children() -> Iterator[None]:
-    """Children started in the block ignore Ctrl-C and a closing terminal: an ignored signal stays ignored through exec.
+def _shielded_children(output: Path) -> Iterator[None]:
+    """Children started in the block do not depend on the terminal: their signals and their output are their own.
 
-    submitit's controller would otherwise give the agents one second before it kills them.
+    They ignore Ctrl-C and a closing terminal (an ignored signal stays ignored through exec; submitit's controller would
+    give the agents one second before it kills them), and write to a file, else `wait=false` would never end a pipeline.
     """
     before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in (signal.SIGINT, signal.SIGHUP)}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    with output.open("ab") as file:
+        for descriptor in kept:
+            os.dup2(file.fileno(), descriptor)
     try:
         yield
     finally:
+        for descriptor, copy in kept.items():
+            os.dup2(copy, descriptor)
+            os.close(copy)
         for signum, handler in before.items():
             signal.signal(signum, handler)

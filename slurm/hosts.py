@@ -30,7 +30,9 @@ def address(interface: str | None) -> str:
         raise LaunchError(f"{host} cannot resolve its own name ({error}): set cluster.interface=<name>") from error
     routable = sorted(item for item in found if not item.startswith("127."))
     if not routable:
-        raise LaunchError(f"{host} resolves to loopback only: set cluster.interface to one of {', '.join(interfaces())}")
+        raise LaunchError(
+            f"{host} resolves to loopback only: set cluster.interface to one of {', '.join(interfaces())}"
+        )
     return routable[0]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import socket
 from types import TracebackType
+from typing import Self
 
 from launch.errors import LaunchError
 from launch.plan import PORT_BLOCK
@@ -27,10 +28,12 @@ class PortBlock:
         self.base = base
         self._guard = guard
 
-    def __enter__(self) -> PortBlock:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:

@@ -16,18 +16,19 @@ def run(run_dir: str) -> None:
     from slurm import agent
     from workers.runtime.logs import set_up_logging
 
-    environment = JobEnvironment()
     directory = RunDirectory(Path(run_dir))
     recipe = directory.recipe()
     where = plan(recipe)
-    executor = os.environ.get("SUBMITIT_EXECUTOR", "debug")
+    executor = os.environ.get("SUBMITIT_EXECUTOR")
+    if executor not in ("slurm", "local"):  # the debug executor calls us in the launching process
+        agent.main(directory, range(where.ranks), f"{recipe.name}/{os.getpid()}")
+        return
+    environment = JobEnvironment()
     if executor == "slurm":
         check_hosts(where, environment.hostnames, recipe.cluster)
     if executor == "local":
         # The terminal's signals are for the launching command alone; it tells the agents what they mean.
         with contextlib.suppress(PermissionError):
             os.setsid()
-    ranks = [environment.global_rank] if executor in ("slurm", "local") else list(range(where.ranks))
-    if executor in ("slurm", "local"):
-        set_up_logging(f"rank {environment.global_rank}")
-    agent.main(directory, ranks, f"{recipe.name}/{environment.job_id}")
+    set_up_logging(f"rank {environment.global_rank}")
+    agent.main(directory, [environment.global_rank], f"{recipe.name}/{environment.job_id}")

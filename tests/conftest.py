@@ -6,11 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from launch.tiny_model import make_tiny_model
 from tests.deployments import Deployment, deployed
 from tests.reference import Reference, reference_answers
 from tests.slurm_cluster import SlurmCluster, slurm_cluster
+
+# Two busy cores make single examples slow now and then; how long they take is not what is tested.
+settings.register_profile("baton", deadline=None)
+settings.load_profile("baton")
 
 
 @pytest.fixture(scope="session")

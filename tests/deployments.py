@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 from openai import OpenAI
@@ -28,17 +30,10 @@ class Deployment:
     endpoint: Endpoint
     launcher: subprocess.Popen[str]
     output_file: Path
-
-    @property
-    def client(self) -> OpenAI:
-        """The official client, pointed at it; errors are not tried again."""
-        return OpenAI(base_url=self.endpoint.url, api_key=self.run.api_key(), max_retries=0, timeout=120)
-
-    @property
-    def http(self) -> httpx.Client:
-        """A plain client with the key, for what the official one cannot send."""
-        headers = {"Authorization": f"Bearer {self.run.api_key()}"}
-        return httpx.Client(base_url=self.endpoint.url, headers=headers, timeout=60)
+    client: OpenAI
+    """The official client, pointed at it; errors are not tried again."""
+    http: httpx.Client
+    """A plain client with the key, for what the official one cannot send."""
 
     @property
     def output(self) -> str:
@@ -49,7 +44,9 @@ class Deployment:
         """Process of each member."""
         job = self.run.job()
         assert job
-        return {name: member.pid for rank in self.run.ranks(job.attempt).values() for name, member in rank.members.items()}
+        return {
+            name: member.pid for rank in self.run.ranks(job.attempt).values() for name, member in rank.members.items()
+        }
 
     def metric(self, member: str, name: str) -> float:
         """Sum of a metric over its labels, on a member's page."""
@@ -61,11 +58,9 @@ class Deployment:
         return total
 
 
-def targets(run: RunDirectory) -> list[dict[str, object]]:
+def targets(run: RunDirectory) -> list[dict[str, Any]]:
     """The content of metrics/targets.json."""
-    import json
-
-    found: list[dict[str, object]] = json.loads(run.targets_file.read_text())
+    found: list[dict[str, Any]] = json.loads(run.targets_file.read_text())
     return found
 
 
@@ -78,7 +73,11 @@ def deployed(
     run = RunDirectory(folder / "runs" / name)
     try:
         endpoint = _ready(run, process, output, ready_s)
-        yield Deployment(run, endpoint, process, output)
+        with (
+            OpenAI(base_url=endpoint.url, api_key=run.api_key(), max_retries=0, timeout=120) as client,
+            httpx.Client(headers={"Authorization": f"Bearer {run.api_key()}"}, timeout=60) as http,
+        ):
+            yield Deployment(run, endpoint, process, output, client, http)
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)

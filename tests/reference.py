@@ -21,10 +21,50 @@ from slurm.ports import is_free
 MODEL = "tiny"
 ANSWER_TOKENS = 40
 PROMPTS = 50
-WORDS = (
-    "the a river stone quick light under over green seven walk think of and because machine number sea bridge "
-    "write code return value def class import for while data node rank cache token model café naïve 日本 \n , . ; ?"
-).split(" ")
+WORDS = [
+    "the",
+    "a",
+    "river",
+    "stone",
+    "quick",
+    "light",
+    "under",
+    "over",
+    "green",
+    "seven",
+    "walk",
+    "think",
+    "of",
+    "and",
+    "because",
+    "machine",
+    "number",
+    "sea",
+    "bridge",
+    "write",
+    "code",
+    "return",
+    "value",
+    "def",
+    "class",
+    "import",
+    "for",
+    "while",
+    "data",
+    "node",
+    "rank",
+    "cache",
+    "token",
+    "model",
+    "café",
+    "naïve",
+    "日本",
+    "\n",
+    ",",
+    ".",
+    ";",
+    "?",
+]
 CPU_ENV = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -125,9 +165,9 @@ def reference_answers(model: Path, folder: Path) -> Reference:
         server = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
     try:
         _wait_until_up(server, port, folder / "vllm.log")
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
         texts = prompts(model)
-        return Reference(texts, ask_all(client, texts, complete, False), ask_all(client, texts, chat, False))
+        with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120) as client:
+            return Reference(texts, ask_all(client, texts, complete, False), ask_all(client, texts, chat, False))
     finally:
         server.terminate()
         try:

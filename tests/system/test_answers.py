@@ -23,7 +23,9 @@ SHAPES = {
 }
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slurm if "slurm" in name else ()) for name in SHAPES])
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slurm if "slurm" in name else ()) for name in SHAPES]
+)
 def deployment(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, reference: Reference
 ) -> Iterator[Deployment]:

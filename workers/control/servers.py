@@ -96,7 +96,7 @@ def _find(name: str, configured: str | None, wheel: Path | None, install: str, k
         return configured
     beside_python = str(Path(sys.executable).parent)
     on_path = shutil.which(name)
-    if on_path and not Path(on_path).read_bytes()[:2] == b"#!":
+    if on_path and Path(on_path).read_bytes()[:2] != b"#!":
         return on_path
     if wheel and wheel.exists():
         return str(wheel)

@@ -17,7 +17,7 @@ from typing import Any
 
 import uvloop
 import zmq
-from prometheus_client import start_http_server
+from prometheus_client import REGISTRY, start_http_server
 
 from launch.plan import Member, Plan, plan
 from launch.recipe import Backend, Recipe
@@ -76,7 +76,7 @@ async def serve(recipe: Recipe, member: Member, place: Place, control: Control, 
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     card = card_of(recipe, member, place, engine)
-    server = RequestServer(engine, card.instance)
+    server = RequestServer(engine, card.instance, REGISTRY)
     context: zmq.Context[Any] = zmq.Context()
     server.bind(context, card.address, (control.worker_public, control.worker_secret))
     start_http_server(int(place.port(member.ports.metrics)), place.address)

@@ -17,7 +17,10 @@ KV_ROLE = {Kind.PREFILL: "kv_producer", Kind.DECODE: "kv_consumer"}
 class Place(Protocol):
     """Where a rank is: known once it runs, a symbol in a dry run."""
 
-    address: str
+    @property
+    def address(self) -> str:
+        """What other ranks connect to."""
+        ...
 
     def port(self, offset: int) -> str:
         """A port of the rank's block."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import zmq
+from prometheus_client import CollectorRegistry, Gauge
 
 from workers.engine import transfer
 from workers.engine.base import Ask, Engine, LostError, RefusedError
@@ -28,7 +29,7 @@ StreamKey = tuple[bytes, int]
 class RequestServer:
     """Serves one engine to any number of frontends; everything happens in one loop."""
 
-    def __init__(self, engine: Engine, instance: str) -> None:
+    def __init__(self, engine: Engine, instance: str, registry: CollectorRegistry) -> None:
         self._engine = engine
         self._instance = instance
         self._socket: LoopSocket | None = None
@@ -38,6 +39,8 @@ class RequestServer:
         self._flush_due = False
         self._unnamed = itertools.count(-1, -1)  # work that no stream of a frontend stands for
         self.serving = True
+        streams = Gauge("baton_worker_streams", "Requests that are being served.", registry=registry)
+        streams.set_function(lambda: len(self._tasks))
 
     def bind(self, context: zmq.Context[zmq.Socket[bytes]], address: str, curve: tuple[str, str]) -> None:
         """Listen for frontends at `tcp://...`; `curve` is the (public, secret) key pair of the deployment's workers."""
@@ -121,7 +124,7 @@ class RequestServer:
             self._fail(key, 500 if retryable else 400, "invalid_request_error", str(error), retryable)
         except LostError as error:
             self._fail(key, 503, "unavailable", str(error), retryable=True)
-        except Exception as error:  # noqa: BLE001 - one request must not end the worker; the frontend is told
+        except Exception as error:
             log.exception("request %s failed", request.request_id)
             self._fail(key, 500, "internal_error", f"{type(error).__name__}: {error}", retryable=False)
 
@@ -163,9 +166,7 @@ class RequestServer:
                 continue
             data = choice.end(piece.text, piece.finish, piece.stop_reason)
             self._step(identity).ends.append(
-                wire.End(
-                    stream, piece.finish, ids, data, len(request.prompt) // 4, produced, piece.cached_tokens
-                )
+                wire.End(stream, piece.finish, ids, data, len(request.prompt) // 4, produced, piece.cached_tokens)
             )
 
     def _fail(self, key: StreamKey, status: int, kind: str, message: str, retryable: bool) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+from workers.engine import cpu
 from workers.engine.arguments import KV_LEASE_S
 from workers.engine.base import Ask, Load, LostError, Piece, RefusedError, Sampling, Sizes
 
@@ -98,6 +99,8 @@ def start(arguments: dict[str, Any]) -> VllmEngine:
         # Spawned, each engine process imports vLLM and torch again (10 s); the CPU platform sets this while the
         # configuration is made, so it can only be changed here. Nothing of ours has started a thread yet.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        if config.kv_transfer_config is not None:
+            cpu.calm_nixl()
     llm = AsyncLLM.from_vllm_config(
         config, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=[_load_logger(load)], disable_log_stats=True
     )
@@ -119,7 +122,7 @@ def _load_logger(load: Load) -> Any:
     """A stat logger that keeps `load` current; vLLM calls it after every step that had output, in our loop."""
     from vllm.v1.metrics.loggers import StatLoggerBase
 
-    class LoadLogger(StatLoggerBase):
+    class LoadLogger(StatLoggerBase):  # type: ignore[misc]  # mypy does not follow vLLM here
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
             pass
 

@@ -92,9 +92,9 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, api_k
 async def drain(app: App, listener: asyncio.Server, server: Server, timeout_s: float) -> None:
     """Refuse what is new, let what runs finish for that long, then close every connection."""
     app.draining = True
-    deadline = asyncio.get_running_loop().time() + timeout_s
-    while any(item.busy for item in server.connections) and asyncio.get_running_loop().time() < deadline:
-        await asyncio.sleep(0.05)
+    running = [item.task for item in server.connections if item.task]
+    if running:
+        await asyncio.wait(running, timeout=timeout_s)
     listener.close()
     for connection in list(server.connections):
         connection.close()
@@ -112,7 +112,10 @@ class Readiness:
         missing = pool.missing
         if missing != self._missing:
             self._missing = missing
-            log.info("requests are routed" if not missing else "no %s worker is ready", *([", ".join(missing)] if missing else []))
+            log.info(
+                "requests are routed" if not missing else "no %s worker is ready",
+                *([", ".join(missing)] if missing else []),
+            )
 
 
 def context_of(links: Links) -> int:

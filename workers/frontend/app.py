@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 import msgspec
 
+from workers.engine.render import chunk
 from workers.frontend.errors import ApiError, error_body
 from workers.frontend.exchange import Answered, Pool, Question, answer
 from workers.frontend.http import Connection, Request
 from workers.frontend.metrics import Metrics
 from workers.frontend.openai import ChatRequest, Common, CompletionRequest, parse
 from workers.frontend.text import Text
-from workers.engine.render import chunk
 from workers.runtime.wire import Render, Shape, pack
 
 DONE = b"data: [DONE]\n\n"
@@ -125,7 +125,9 @@ class App:
 
     def _admit(self, ask: Common) -> None:
         if ask.model != self._served.name:
-            raise ApiError(404, f"the model {ask.model!r} does not exist; this deployment serves {self._served.name!r}", "model")
+            raise ApiError(
+                404, f"the model {ask.model!r} does not exist; this deployment serves {self._served.name!r}", "model"
+            )
         if self.draining:
             raise ApiError(503, "the deployment is stopping", retry_after_s=5)
         if self._pool.missing:
@@ -152,7 +154,7 @@ class App:
         if isinstance(answers, Streamed):
             for end in ends:
                 answers.write(end.data)
-            tail = f"data: {envelope}\"choices\":[],\"usage\":{usage}}}\n\n" if generation.ask.include_usage else ""
+            tail = f'data: {envelope}"choices":[],"usage":{usage}}}\n\n' if generation.ask.include_usage else ""
             answers.write(framed(tail.encode() + DONE, chunked))
             connection.end_events()
         else:

@@ -6,7 +6,12 @@ from http import HTTPStatus
 
 import msgspec
 
-KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 413: "invalid_request_error"}
+KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "invalid_request_error",
+}
 
 
 class ApiError(Exception):

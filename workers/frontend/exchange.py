@@ -47,7 +47,9 @@ class Answered:
 class Pool:
     """The usable workers, by what they are for."""
 
-    def __init__(self, links: Links, choose: dict[Kind, Mode], disaggregated: bool, on_leg: Callable[[Kind], None]) -> None:
+    def __init__(
+        self, links: Links, choose: dict[Kind, Mode], disaggregated: bool, on_leg: Callable[[Kind], None]
+    ) -> None:
         self._links = links
         self._choose = choose
         self.disaggregated = disaggregated

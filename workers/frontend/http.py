@@ -21,9 +21,7 @@ log = logging.getLogger(__name__)
 MAX_HEAD_BYTES = 64 << 10
 MAX_PIPELINED = 16
 CHUNKED_END = b"0\r\n\r\n"
-STATUS_LINES = {
-    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
-}
+STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 
 
 @dataclass(slots=True)
@@ -96,10 +94,6 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self._refuse(400, f"this is not HTTP/1.1: {error}")
 
-    def eof_received(self) -> bool:
-        """asyncio.Protocol; a client that has sent everything may still read."""
-        return self._task is not None
-
     # --- httptools' side ----------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
@@ -153,7 +147,9 @@ class Connection(asyncio.Protocol):
 
     # --- the handler's side -------------------------------------------------------------------------------------
 
-    def respond(self, status: int, body: bytes, headers: bytes = b"", content_type: bytes = b"application/json") -> None:
+    def respond(
+        self, status: int, body: bytes, headers: bytes = b"", content_type: bytes = b"application/json"
+    ) -> None:
         """Answer the current request whole; `headers` are further header lines, each ending in CRLF."""
         close = b"" if self._current and self._current.keep_alive else b"Connection: close\r\n"
         self.write(
@@ -189,9 +185,9 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
     @property
-    def busy(self) -> bool:
-        """Whether a request is being answered."""
-        return self._task is not None
+    def task(self) -> asyncio.Task[None] | None:
+        """The task that answers the current request, if there is one."""
+        return self._task
 
     # --- inside -------------------------------------------------------------------------------------------------
 
@@ -214,7 +210,7 @@ class Connection(asyncio.Protocol):
     async def _serve(self, request: Request) -> None:
         try:
             await self._server.handler(request, self)
-        except Exception:  # noqa: BLE001 - the last line of defence: a bug ends this connection, not the frontend
+        except Exception:  # the last line of defence: a bug ends this connection, not the frontend
             log.exception("%s %s failed", request.method, request.path)
             self.close()
         finally:

@@ -45,7 +45,12 @@ class Link:
     """The connection to one instance of a worker."""
 
     def __init__(
-        self, card: Card, context: zmq.Context[Any], curve_server: str, stall_timeout_s: float, on_change: Callable[[], None]
+        self,
+        card: Card,
+        context: zmq.Context[Any],
+        curve_server: str,
+        stall_timeout_s: float,
+        on_change: Callable[[], None],
     ) -> None:
         self.card = card
         self.listed = True

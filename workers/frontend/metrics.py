@@ -32,7 +32,9 @@ class Metrics:
         )
         self.active = Gauge("baton_frontend_active_requests", "Requests being answered.", registry=self.registry)
         self.disconnected = Counter(
-            "baton_frontend_disconnected_clients_total", "Clients that left before their answer.", registry=self.registry
+            "baton_frontend_disconnected_clients_total",
+            "Clients that left before their answer.",
+            registry=self.registry,
         )
         self.first_byte = Histogram(
             "baton_frontend_time_to_first_token_seconds",

@@ -157,7 +157,9 @@ class CompletionRequest(Common, kw_only=True):
                 continue
             return [found] if kind == list[int] else found
         raise ApiError(
-            400, "prompt must be a string, a list of strings, a list of token ids, or a list of such lists", param="prompt"
+            400,
+            "prompt must be a string, a list of strings, a list of token ids, or a list of such lists",
+            param="prompt",
         )
 
 

@@ -37,6 +37,7 @@ def mode(name: RouterMode) -> Mode:
         # Equal loads take turns: a burst that arrives before the first report must spread.
         first = next(turn) % len(candidates)
         order = [*range(first, len(candidates)), *range(first)]
-        return min(order, key=lambda index: candidates[index].in_flight + candidates[index].waiting)
+        loads: list[int] = [candidate.in_flight + candidate.waiting for candidate in candidates]
+        return min(order, key=lambda index: loads[index])
 
     return {RouterMode.ROUND_ROBIN: round_robin, RouterMode.LEAST_LOADED: least_loaded}[name]

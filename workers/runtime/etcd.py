@@ -13,7 +13,7 @@ import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
 
@@ -46,7 +46,7 @@ class Etcd:
         self._token = ""
         self._session: aiohttp.ClientSession | None = None
 
-    async def __aenter__(self) -> Etcd:
+    async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession()
         return self
 
@@ -106,7 +106,7 @@ class Etcd:
                     changes = [_change(event) for event in result.get("events", ())]
                     if changes:
                         yield changes
-        raise EtcdError(f"watch of {prefix} ended")
+        raise EtcdConnectionError(f"watch of {prefix} ended")
 
     async def secure(self) -> None:
         """Create the root user and switch authentication on, unless that was done before.
@@ -133,6 +133,7 @@ class Etcd:
 
     async def _authenticate(self, renew: bool = False) -> None:
         if renew or not self._token:
+            self._token = ""
             body = {"name": self._user, "password": self._password}
             self._token = (await self._call("auth/authenticate", body, authenticated=False))["token"]
 
@@ -144,6 +145,11 @@ class Etcd:
         except EtcdTokenError:
             await self._authenticate(renew=True)  # etcd was restarted and has forgotten the tokens it gave
             return await self._post(path, body)
+        except EtcdConnectionError:
+            # An etcd that came back with empty data does not refuse a token from before: it waits until its log is as
+            # long as that token's, which may be never (etcd 3.5). So a token does not outlive its connection.
+            self._token = ""
+            raise
 
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         with _translated():
@@ -162,6 +168,10 @@ class Etcd:
         assert self._session, "use `async with Etcd(...)`"
         headers = {"Authorization": self._token} if self._token else {}
         return self._session.post(f"{self._url}/v3/{path}", data=json.dumps(body), headers=headers, timeout=timeout)
+
+
+class EtcdConnectionError(EtcdError):
+    """etcd did not answer, or not in time."""
 
 
 class EtcdTokenError(EtcdError):
@@ -187,7 +197,7 @@ class _translated(contextlib.AbstractContextManager[None]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, aiohttp.ClientError | TimeoutError | OSError | ValueError):
-            raise EtcdError(f"{type(error).__name__}: {error}") from error
+            raise EtcdConnectionError(f"{type(error).__name__}: {error}") from error
 
 
 def _range(prefix: str) -> dict[str, str]:

@@ -19,14 +19,16 @@ HIGH_WATER = 10_000
 class LoopSocket:
     """A bound or connected socket whose messages go to a callback in the loop."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], kind: int, on_message: Callable[[list[bytes]], None]) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], kind: int, on_message: Callable[[list[bytes]], None]
+    ) -> None:
         self.raw = context.socket(kind)
         self.raw.setsockopt(zmq.LINGER, 0)
         self.raw.setsockopt(zmq.SNDHWM, HIGH_WATER)
         self.raw.setsockopt(zmq.RCVHWM, HIGH_WATER)
         self._on_message = on_message
         self._loop = asyncio.get_running_loop()
-        self._descriptor = self.raw.getsockopt(zmq.FD)
+        self._descriptor = self.raw.FD
         self._loop.add_reader(self._descriptor, self._drain)
         # Until a socket was read empty once, ZMQ takes its owner for awake and does not signal the descriptor at all.
         self._loop.call_soon(self._drain)
@@ -40,7 +42,7 @@ class LoopSocket:
                 return False
             raise
         finally:
-            if not self.raw.closed and self.raw.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            if not self.raw.closed and int(self.raw.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 self._loop.call_soon(self._drain)
         return True
 

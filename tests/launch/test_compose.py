@@ -1,0 +1,95 @@
+"""What a user writes is taken, or refused with the way out."""
+
+from __future__ import annotations
+
+import pytest
+
+from launch.compose import choices, read
+from launch.errors import ConfigError
+from launch.plan import plan
+from launch.recipe import Kind, Launcher, Wait
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        pytest.param([], r"nothing to launch: add \+recipe=<name>", id="nothing"),
+        pytest.param(["+recipe=tiny_disag"], r"did you mean 'tiny_disagg'", id="unknown recipe"),
+        pytest.param(
+            ["+recipe=tiny_agg", "cluster=slurm_gpu9"],
+            r"no cluster named 'slurm_gpu9', did you mean",
+            id="unknown cluster",
+        ),
+        pytest.param(
+            ["+recipe=tiny_agg", "engin.device=cpu"],
+            r"unknown key 'engin.device', did you mean 'engine'",
+            id="unknown section",
+        ),
+        pytest.param(["+recipe=tiny_agg", "engine.devise=cpu"], r"did you mean 'device'", id="unknown key"),
+        pytest.param(
+            ["+recipe=tiny_agg", "roles.decode.replica=2"], r"did you mean 'replicas'", id="unknown key, deeper"
+        ),
+        pytest.param(
+            ["+recipe=tiny_agg", "roles.aggregated.replicas=two"],
+            r"'two'.*could not be converted to Integer",
+            id="word for a number",
+        ),
+        pytest.param(
+            ["+recipe=tiny_disagg", "roles.decode.replicas=-1"], r"start at 1, got \(-1, 1, 1\)", id="negative count"
+        ),
+        pytest.param(
+            ["+recipe=tiny_disagg", "roles.decode.replicas=0"],
+            r"add roles.decode.replicas=1",
+            id="prefill without decode",
+        ),
+        pytest.param(
+            ["+recipe=tiny_agg", "roles.decode.replicas=1"],
+            r"add roles.prefill.replicas=1",
+            id="decode without prefill",
+        ),
+        pytest.param(["+recipe=tiny_disagg", "roles.aggregated.replicas=1"], r"do not mix", id="mixed"),
+        pytest.param(
+            ["+recipe=tiny_agg", "launcher=slurrm"],
+            r"one of slurm, local, debug, got 'slurrm', did you mean 'slurm'",
+            id="launcher",
+        ),
+        pytest.param(["+recipe=tiny_agg", "wait=maybe"], r"wait is one of stopped, ready, no", id="wait"),
+        pytest.param(["+recipe=tiny_agg", "name=a/b"], r"cannot name a folder", id="name"),
+        pytest.param(["+recipe=tiny_agg", "frontend.port=70000"], r"1 to 65535", id="port"),
+        pytest.param(["+recipe=tiny_agg", "slurm.time_min=0"], r"at least 1 minute", id="time"),
+        pytest.param(["+recipe=tiny_agg", "engine.device=tpu"], r"cpu or cuda", id="device"),
+    ],
+)
+def test_bad_words_are_refused_with_the_way_out(overrides: list[str], message: str) -> None:
+    """Each message names the value and what would do."""
+    with pytest.raises(ConfigError, match=message):
+        plan(read(overrides).recipe)
+
+
+@pytest.mark.parametrize("name", choices("recipe"))
+@pytest.mark.parametrize("cluster", choices("cluster"))
+def test_every_shipped_file_composes(name: str, cluster: str) -> None:
+    """Recipes are named after their files; a cluster decides the launcher."""
+    asked = read([f"+recipe={name}", f"cluster={cluster}"])
+
+    assert asked.recipe.name == name
+    assert asked.recipe.cluster.name == cluster
+    assert asked.launcher is (Launcher.LOCAL if cluster == "local" else Launcher.SLURM)
+
+
+def test_engine_options_need_no_plus() -> None:
+    """Keys below free-form mappings are written like any other."""
+    asked = read(
+        ["recipe=tiny_disagg", "engine.args.seed=3", "roles.decode.args.max_num_seqs=4", "slurm.sbatch.nice=5"]
+    )
+
+    decode = next(role for role in asked.recipe.roles if role.kind is Kind.DECODE)
+    assert asked.recipe.engine.args["seed"] == 3
+    assert decode.args == {"max_num_seqs": 4}
+    assert asked.recipe.slurm.sbatch == {"nice": 5}
+
+
+@pytest.mark.parametrize(("word", "meaning"), [("true", Wait.STOPPED), ("false", Wait.NO), ("ready", Wait.READY)])
+def test_wait_takes_yes_no_and_ready(word: str, meaning: Wait) -> None:
+    """`wait=false` leaves at once."""
+    assert read(["+recipe=tiny_agg", f"wait={word}"]).wait is meaning

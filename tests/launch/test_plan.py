@@ -1,0 +1,146 @@
+"""The plan gives every member a place of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.compose import choices, read
+from launch.errors import PlanError
+from launch.plan import MEMBERS_PER_RANK, PORT_BLOCK, Plan, check_hosts, plan
+from launch.recipe import Kind, Recipe, Role
+
+RECIPES = choices("recipe")
+CLUSTERS = choices("cluster")
+
+
+def recipe(name: str, *overrides: str) -> Recipe:
+    """A shipped recipe."""
+    return read([f"+recipe={name}", *overrides]).recipe
+
+
+@pytest.mark.parametrize("dedicated", [False, True])
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_plans_on_every_cluster_or_says_what_is_missing(name: str, cluster: str, dedicated: bool) -> None:
+    """A GPU recipe on a cluster without GPUs is the only refusal, and it names the key to set."""
+    asked = read([f"+recipe={name}", f"cluster={cluster}", f"control.dedicated={str(dedicated).lower()}"])
+    if asked.recipe.engine.device == "cuda" and not asked.recipe.cluster.gpus_per_node:
+        with pytest.raises(PlanError, match=r"cluster\.gpus_per_node=8"):
+            plan(asked.recipe)
+        return
+
+    where = plan(asked.recipe)
+
+    assert_consistent(where, asked.recipe)
+    assert all(member.rank > 0 for member in where.members) or not dedicated
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "ranks"),
+    [
+        pytest.param("llama70b_agg", 4, 1, id="TP4 on 4"),
+        pytest.param("llama70b_agg", 8, 1, id="TP4 on 8"),
+        pytest.param("llama70b_disagg", 8, 2, id="two TP8 on 8"),
+        pytest.param("llama70b_disagg", 4, 4, id="two TP8 on 4"),
+        pytest.param("llama70b_disagg", 6, 4, id="two TP8 on 6: four GPUs of each node"),
+        pytest.param("llama70b_disagg_single_node", 8, 1, id="TP2 TP2 TP4 on 8"),
+        pytest.param("llama70b_disagg_single_node", 6, 2, id="TP2 TP2 TP4 on 6"),
+        pytest.param("llama70b_disagg_single_node", 4, 2, id="TP2 TP2 TP4 on 4"),
+    ],
+)
+def test_nodes_follow_from_the_gpus_of_a_node(name: str, gpus: int, ranks: int) -> None:
+    """Engines that fit share a node, those that do not span nodes."""
+    assert plan(recipe(name, f"cluster=slurm_gpu{gpus}")).ranks == ranks
+
+
+def test_an_engine_over_two_nodes_has_one_leader() -> None:
+    """Only node 0 of an engine speaks for it; the members are named by their node."""
+    where = plan(recipe("llama70b_disagg", "cluster=slurm_gpu4"))
+
+    assert [(m.name, m.rank, m.leader) for m in where.members] == [
+        ("prefill-0.0", 0, True),
+        ("prefill-0.1", 1, False),
+        ("decode-0.0", 2, True),
+        ("decode-0.1", 3, False),
+    ]
+
+
+def test_a_size_that_does_not_divide_is_refused_with_one_that_does() -> None:
+    """TP 5 on nodes of 4 would use one GPU of five nodes."""
+    with pytest.raises(PlanError, match="multiple of 4"):
+        plan(recipe("llama70b_agg", "cluster=slurm_gpu4", "roles.aggregated.tensor_parallel=5"))
+
+
+def test_a_wrong_number_of_hosts_names_the_number_to_ask_for() -> None:
+    """The error carries the value that makes the next submission work."""
+    where, asked = (
+        plan(recipe("llama70b_disagg", "cluster=slurm_gpu8")),
+        recipe("llama70b_disagg", "cluster=slurm_gpu8"),
+    )
+    with pytest.raises(PlanError, match="--nodes=2"):
+        check_hosts(where, ["n1", "n2", "n3"], asked.cluster)
+
+
+roles = st.builds(
+    Role,
+    kind=st.sampled_from([Kind.PREFILL, Kind.DECODE]),
+    replicas=st.integers(1, 9),
+    tensor_parallel=st.sampled_from([1, 2, 4, 8, 16]),
+    pipeline_parallel=st.sampled_from([1, 2]),
+)
+
+
+@given(roles, roles, st.sampled_from([4, 6, 8]), st.booleans())
+def test_any_plan_is_consistent(first: Role, second: Role, gpus: int, dedicated: bool) -> None:
+    """No slot and no port is given twice, no rank is empty, each engine has all of its slots."""
+    base = recipe("llama70b_disagg", f"cluster=slurm_gpu{gpus}")
+    asked = replace(
+        base,
+        roles=(replace(first, kind=Kind.PREFILL), replace(second, kind=Kind.DECODE)),
+        control=replace(base.control, dedicated=dedicated),
+    )
+
+    assert_consistent(plan(asked), asked)
+
+
+def assert_consistent(where: Plan, asked: Recipe) -> None:
+    """What holds of every plan."""
+    slots = Counter((member.rank, slot) for member in where.members for slot in member.slots)
+    assert set(slots.values()) == {1}
+    assert max(slot for _, slot in slots) < where.slots_per_node
+    ports = Counter(
+        (member.rank, port) for member in where.members for port in range(member.ports.first, member.ports.first + 4)
+    )
+    assert set(ports.values()) == {1}
+    assert max(port for _, port in ports) < PORT_BLOCK
+    first = 1 if asked.control.dedicated else 0
+    assert {member.rank for member in where.members} == set(range(first, where.ranks))
+    for role in asked.roles:
+        engines = {member.engine for member in where.members if member.kind is role.kind}
+        assert len(engines) == role.replicas
+        for engine in engines:
+            members = [member for member in where.members if member.engine == engine]
+            assert [member.node for member in members] == list(range(members[0].nodes))
+            assert [member.rank for member in members] == list(range(members[0].rank, members[0].rank + len(members)))
+            if asked.engine.device == "cuda":
+                assert sum(len(member.slots) for member in members) == role.world
+    assert all(len(where.on(rank)) <= MEMBERS_PER_RANK for rank in range(where.ranks))
+
+
+def test_planning_loads_nothing_heavy() -> None:
+    """A login node composes and plans without torch, vLLM, ZMQ or transformers."""
+    code = (
+        "import sys; from launch.compose import read; from launch.plan import plan; from launch.dry_run import describe;"
+        "asked = read(['+recipe=llama70b_disagg', 'cluster=slurm_gpu8']); plan(asked.recipe);"
+        "print([name for name in ('torch', 'vllm', 'zmq', 'transformers', 'nixl') if name in sys.modules])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert answer.stdout.strip() == "[]"

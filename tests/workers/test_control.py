@@ -1,0 +1,155 @@
+"""The embedded servers, and our client of etcd, for real."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import nats
+import pytest
+
+from launch.plan import ETCD_PEER_PORT, ETCD_PORT, NATS_PORT
+from launch.recipe import Kind
+from launch.records import Control
+from slurm import children, ports
+from workers.control import servers
+from workers.runtime.etcd import Change, Etcd, EtcdError, LeaseLostError
+from workers.runtime.registry import Card, follow, key, registered
+
+CARD = Card(
+    member="decode-0",
+    instance="i",
+    kind=Kind.DECODE,
+    address="tcp://a:1",
+    metrics="a:2",
+    model="m",
+    max_model_len=1,
+    block_size=1,
+    version="v",
+)
+
+
+@pytest.fixture
+def control() -> Control:
+    """Addresses in a free block, and credentials."""
+    with ports.claim("test-control", os.getpid()) as block:
+        base = block.base
+    return Control(
+        attempt=1,
+        nats_url=f"nats://127.0.0.1:{base + NATS_PORT}",
+        nats_user="baton",
+        nats_password="secret",
+        etcd_url=f"http://127.0.0.1:{base + ETCD_PORT}",
+        etcd_user="root",
+        etcd_password="secret",
+        worker_public="",
+        worker_secret="",
+    )
+
+
+@contextlib.asynccontextmanager
+async def running(server: servers.Server, folder: Path) -> AsyncIterator[children.Child]:
+    """A server that says it is ready."""
+    child = await children.start(server.name, server.argv, os.environ, folder / f"{server.name}.log")
+    try:
+        async with asyncio.timeout(20):
+            await server.ready()
+        yield child
+    finally:
+        await child.stop(5)
+
+
+def etcd_server(control: Control, folder: Path) -> servers.Server:
+    """etcd with its data in the folder."""
+    peer = servers.host_and_port(control.etcd_url)[1] - ETCD_PORT + ETCD_PEER_PORT
+    return servers.etcd(control, servers.find_etcd(None), peer, folder / "etcd")
+
+
+def client(control: Control, password: str | None = None) -> Etcd:
+    """A client with the deployment's credentials."""
+    return Etcd(control.etcd_url, control.etcd_user, password or control.etcd_password)
+
+
+async def test_nats_serves_who_has_the_password(control: Control, tmp_path: Path) -> None:
+    """JetStream is there, and nobody else gets in."""
+    async with running(servers.nats(control, servers.find_nats(None), tmp_path / "nats"), tmp_path):
+        connection = await nats.connect(control.nats_url, user="baton", password="secret")
+        account = await connection.jetstream().account_info()
+        await connection.close()
+        stranger = nats.NATS()
+        with pytest.raises(nats.errors.Error, match="Authorization"):
+            await stranger.connect(control.nats_url, user="baton", password="wrong", allow_reconnect=False)
+        await stranger.close()
+
+    assert account.streams == 0
+
+
+async def test_etcd_serves_who_has_the_password(control: Control, tmp_path: Path) -> None:
+    """Keys, prefixes and deletes; a wrong password is an error."""
+    async with running(etcd_server(control, tmp_path), tmp_path), client(control) as etcd:
+        await etcd.put("/a/1", b"one")
+        await etcd.put("/a/2", b"\x00\xff")
+        await etcd.put("/b/1", b"other")
+        found, revision = await etcd.prefix("/a/")
+        await etcd.delete("/a/1")
+        async with client(control, "wrong") as stranger:
+            with pytest.raises(EtcdError, match="authentication failed"):
+                await stranger.prefix("/a/")
+
+        assert found == {"/a/1": b"one", "/a/2": b"\x00\xff"}
+        assert (await etcd.prefix("/a/"))[0] == {"/a/2": b"\x00\xff"}
+        assert revision > 0
+
+
+async def test_a_watch_tells_puts_deletes_and_expired_leases(control: Control, tmp_path: Path) -> None:
+    """In their order."""
+    seen: list[Change] = []
+
+    async with running(etcd_server(control, tmp_path), tmp_path), client(control) as etcd:
+        _, revision = await etcd.prefix("/a/")
+
+        async def watch() -> None:
+            async for changes in etcd.watch("/a/", revision + 1):
+                seen.extend(changes)
+
+        task = asyncio.create_task(watch())
+        await etcd.put("/a/1", b"one")
+        lease = await etcd.grant(2)
+        await etcd.put("/a/2", b"two", lease)
+        await etcd.delete("/a/1")
+        async with asyncio.timeout(15):
+            while len(seen) < 4:
+                await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(LeaseLostError):
+            await etcd.keep_alive(lease)
+
+    assert seen == [Change("/a/1", b"one"), Change("/a/2", b"two"), Change("/a/1", None), Change("/a/2", None)]
+
+
+async def test_a_registration_survives_the_loss_of_etcd_and_of_its_data(control: Control, tmp_path: Path) -> None:
+    """A worker registers again by itself; a frontend that follows keeps what it knew and then sees it again."""
+    views: list[dict[str, Card]] = []
+    async with client(control) as etcd:
+        async with running(etcd_server(control, tmp_path / "first"), tmp_path):
+            follower = asyncio.create_task(follow(etcd, "d", views.append))
+            registration = registered(etcd, "d", CARD, ttl_s=2)
+            await registration.__aenter__()
+            async with asyncio.timeout(10):
+                while not views or not views[-1]:
+                    await asyncio.sleep(0.05)
+        known = len(views)
+        async with running(etcd_server(control, tmp_path / "second"), tmp_path):
+            async with asyncio.timeout(10):
+                while len(views) == known or views[-1] != {"decode-0": CARD}:
+                    await asyncio.sleep(0.05)
+            assert (await etcd.prefix(key("d", "")))[0][key("d", "decode-0")] == msgspec.json.encode(CARD)
+            await registration.__aexit__(None, None, None)
+            async with asyncio.timeout(10):
+                while views[-1]:
+                    await asyncio.sleep(0.05)
+        follower.cancel()
