@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import nats
 import pytest
+from nats.aio.client import Client
 
 from launch.plan import ETCD_PEER_PORT, ETCD_PORT, NATS_PORT
 from launch.recipe import Kind
@@ -80,7 +81,7 @@ async def test_nats_serves_who_has_the_password(control: Control, tmp_path: Path
         connection = await nats.connect(control.nats_url, user="baton", password="secret")
         account = await connection.jetstream().account_info()
         await connection.close()
-        stranger = nats.NATS()
+        stranger = Client()
         with pytest.raises(nats.errors.Error, match="Authorization"):
             await stranger.connect(control.nats_url, user="baton", password="wrong", allow_reconnect=False)
         await stranger.close()

@@ -21,9 +21,9 @@ def calm_nixl() -> None:
     from nixl import _api
 
     binding: Any = _api.nixlBind
-    original = binding.nixlAgentConfig
+    compiled: Any = binding.nixlAgentConfig
 
-    class CalmAgentConfig(original):  # type: ignore[misc]  # a compiled class
+    class CalmAgentConfig(compiled):  # type: ignore[misc]  # known at run time only
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, PROGRESS_POLL_US if name == "pthrDelay" and not value else value)
 

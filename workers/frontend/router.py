@@ -35,9 +35,11 @@ def mode(name: RouterMode) -> Mode:
 
     def least_loaded(candidates: Sequence[Candidate]) -> int:
         # Equal loads take turns: a burst that arrives before the first report must spread.
-        first = next(turn) % len(candidates)
-        order = [*range(first, len(candidates)), *range(first)]
-        loads: list[int] = [candidate.in_flight + candidate.waiting for candidate in candidates]
-        return min(order, key=lambda index: loads[index])
+        first, count = next(turn), len(candidates)
+        ranked = [
+            (candidate.in_flight + candidate.waiting, (index - first) % count, index)
+            for index, candidate in enumerate(candidates)
+        ]
+        return min(ranked)[2]
 
     return {RouterMode.ROUND_ROBIN: round_robin, RouterMode.LEAST_LOADED: least_loaded}[name]
