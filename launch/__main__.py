@@ -173,7 +173,9 @@ def _views(run: RunDirectory) -> Iterator[tuple[View, str]]:
 def _join(launcher: Launcher, run: RunDirectory, job: submitit.Job[None]) -> None:
     """The agents say that they have ended a moment before their processes and submitit's controller are gone."""
     deadline = time.monotonic() + JOIN_S
-    while launcher is Launcher.LOCAL and watch.where_alive(run) is None and not job.done() and time.monotonic() < deadline:
+    while (
+        launcher is Launcher.LOCAL and watch.where_alive(run) is None and not job.done() and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
 
 

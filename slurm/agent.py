@@ -18,12 +18,13 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import zmq
 
 from launch.errors import DeploymentError, LaunchError
 from launch.plan import ETCD_PEER_PORT, ETCD_PORT, NATS_PORT, Member, Plan, plan
-from launch.recipe import Recipe
+from launch.recipe import Launcher, Recipe
 from launch.records import Control, Job, MemberRecord, RankRecord, RunDirectory, State
 from slurm import children, commands, hosts, ports
 from slurm.overseer import Overseer
@@ -100,7 +101,8 @@ class Agent:
         self._rank = rank
         self._stop = stop
         self._supervised: list[Supervised] = []
-        self._started = time.monotonic()
+        # An agent begins with its process, imports included; the debug launcher's process began long before.
+        self._started = time.monotonic() - (0.0 if job.launcher is Launcher.DEBUG else process_age_s())
         self._record = RankRecord(
             attempt=job.attempt,
             rank=rank,
@@ -331,6 +333,12 @@ class Agent:
     def _save(self) -> None:
         self._record.heartbeat = time.time()
         self._run.put_rank(self._record)
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started, by the kernel's clock (proc(5), field 22 of stat)."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 async def _all_stopped(items: Sequence[Supervised]) -> None:

@@ -1,0 +1,1 @@
+"""Measurements; each prints its figures and its bar, none is a test."""
