@@ -17,10 +17,10 @@ from rich.console import Console
 from launch import watch
 from launch.compose import Launch, choices, read
 from launch.dry_run import describe
-from launch.errors import ConfigError, DeploymentError, LaunchError, NameTakenError
+from launch.errors import ConfigError, DeploymentError, LaunchError, NameTakenError, PlanError
 from launch.plan import Plan, plan
 from launch.progress import Display, endpoint_text
-from launch.recipe import Launcher, Wait
+from launch.recipe import Backend, Launcher, Wait
 from launch.records import Job, Phase, RunDirectory
 from launch.watch import View
 from slurm import executors
@@ -67,6 +67,7 @@ def launch(asked: Launch, console: Console) -> None:
         print(describe(asked, where, run.path))
         return
     executors.check(asked.launcher, asked.recipe, where, executors.gpus_here())
+    _refuse_unserved(asked, where)
     _check_model(asked)
     alive = watch.where_alive(run)
     if alive:
@@ -86,9 +87,11 @@ def launch(asked: Launch, console: Console) -> None:
 
 def submit(asked: Launch, where: Plan, run: RunDirectory) -> submitit.Job[None]:
     """Write the run directory and submit; the job's number goes into `job.json`."""
-    before = run.job()
-    attempt = before.attempt + 1 if before else 1
-    run.prepare(asked.recipe, where, attempt)
+    attempt = run.next_attempt()
+    try:
+        run.prepare(asked.recipe, where, attempt)
+    except FileExistsError:
+        raise NameTakenError(run.name, "it was launched at this very moment") from None
     record = Job(launcher=asked.launcher, attempt=attempt, id="", host=socket.gethostname(), submitted_at=time.time())
     run.put_job(record)
     job = executors.submit(asked.launcher, asked.recipe, where, run.path, run.logs(attempt))
@@ -150,7 +153,7 @@ def _run_here(job: submitit.Job[None], run: RunDirectory, console: Console, inte
 def _stop(asked: Launch, run: RunDirectory, console: Console) -> None:
     console.print("stopping; Ctrl-C again ends it at once", highlight=False)
     again = threading.Event()
-    with _on_interrupt(again, lambda: watch.signal_agents(run, signal.SIGTERM)), Display(console, run.name) as display:
+    with _on_interrupt(again, lambda: watch.insist(run)), Display(console, run.name) as display:
         watch.stop(run, asked.recipe.engine.drain_s + STOP_WAIT_S, lambda view: display.show(view.rows, "stopping"))
     console.print(f"{run.name} stopped", highlight=False)
 
@@ -193,6 +196,17 @@ def _raise_ended(run: RunDirectory, view: View, how: str) -> None:
     raise DeploymentError(
         view.failure or f"{run.name} ended before its time ({how}):\n{watch.agent_logs(run, view.job)}"
     )
+
+
+def _refuse_unserved(asked: Launch, where: Plan) -> None:
+    """Refuse what is planned but not served yet, before it costs a place in a queue."""
+    wide = [member for member in where.members if member.nodes > 1]
+    if wide and asked.recipe.engine.backend is Backend.VLLM:
+        member = wide[0]
+        raise PlanError(
+            f"{member.engine} takes {member.nodes} nodes of {where.slots_per_node} GPUs, and engines over several nodes are "
+            f"not served yet: choose roles.{member.kind}.tensor_parallel of at most {where.slots_per_node}, or nodes with more GPUs"
+        )
 
 
 def _check_model(asked: Launch) -> None:

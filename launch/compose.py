@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -72,11 +72,6 @@ def choices(group: str) -> tuple[str, ...]:
     """The names of the shipped files of a config group (`recipe`, `cluster`)."""
     folder = Path(conf.__file__).parent / group
     return tuple(sorted(path.stem for path in folder.glob("*.yaml")))
-
-
-def to_yaml(config: Mapping[str, Any]) -> str:
-    """A mapping as YAML, keys in their order."""
-    return OmegaConf.to_yaml(OmegaConf.create(dict(config)))
 
 
 def _spelled_out(override: str) -> str:

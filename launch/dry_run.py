@@ -14,6 +14,7 @@ from rich.table import Table
 from launch.compose import Launch
 from launch.plan import Plan
 from launch.recipe import Backend, Launcher
+from launch.records import RunDirectory
 from slurm import commands, executors
 from slurm.places import planned
 from workers.engine.arguments import engine_arguments
@@ -27,7 +28,7 @@ def describe(asked: Launch, plan: Plan, run_dir: Path) -> str:
         "Ports are offsets into the block that each rank claims when it starts (20000 to 32767, from the job's id).\n",
     ]
     if asked.launcher is Launcher.SLURM:
-        folder = run_dir / "logs" / "attempt_<n>"
+        folder = RunDirectory(run_dir).logs(RunDirectory(run_dir).next_attempt())
         text = executors.script(asked.recipe, plan, folder, shlex.quote(sys.executable))
         parts.append(f"# batch script\n{text}")
     parts.append(_members(asked, plan, run_dir))

@@ -13,6 +13,17 @@ from typing import Any
 
 from launch.errors import ConfigError
 
+# vLLM's arguments that follow from the recipe; given apart from it they would contradict the plan.
+OWNED = frozenset(
+    (
+        *("model", "served_model_name", "tensor_parallel_size", "pipeline_parallel_size", "kv_transfer_config"),
+        *("data_parallel_size", "data_parallel_size_local", "data_parallel_rank", "data_parallel_start_rank"),
+        *("nnodes", "node_rank", "master_addr", "master_port"),
+    )
+)
+# vLLM 0.32 compares some of these in its handshake and answers wrongly when others differ.
+EQUAL = ("block_size", "dtype", "kv_cache_dtype")
+
 
 class Kind(StrEnum):
     """What an engine is for."""
@@ -202,8 +213,29 @@ class Recipe:
             raise ConfigError("the recipe has prefill engines but none that decode: add roles.decode.replicas=1")
         if Kind.DECODE in kinds and Kind.PREFILL not in kinds:
             raise ConfigError("the recipe has decode engines but none that prefill: add roles.prefill.replicas=1")
+        for role in self.roles:
+            self._refuse_owned(role)
+        self._refuse_unequal()
         if Kind.AGGREGATED in kinds and len(kinds) > 1:
             raise ConfigError("aggregated engines do not mix with prefill and decode in one deployment: launch two")
+
+    def _refuse_owned(self, role: Role) -> None:
+        for where, args in (("engine", self.engine.args), (f"roles.{role.kind}", role.args)):
+            owned = sorted(set(args) & OWNED)
+            if owned:
+                raise ConfigError(
+                    f"{where}.args.{owned[0]} is decided by the plan: use roles.<role>.tensor_parallel, .pipeline_parallel, "
+                    "model.path or model.name"
+                )
+
+    def _refuse_unequal(self) -> None:
+        for name in EQUAL:
+            values = {str(role.kind): role.args.get(name, self.engine.args.get(name)) for role in self.roles}
+            if len(set(map(str, values.values()))) > 1:
+                raise ConfigError(
+                    f"prefill and decode engines must agree on {name}, or decode reads another layout than was written; "
+                    f"got {values}: set engine.args.{name} once"
+                )
 
     @property
     def disaggregated(self) -> bool:

@@ -1,6 +1,6 @@
 """The run directory: what a deployment leaves on the shared file system for its ranks, its users and their tools.
 
-    plan.yaml, recipe.yaml      what was decided; recipe.yaml is what the ranks read
+    plan.yaml, recipe.yaml      what was decided; recipe.yaml (0600) is what the ranks read
     job.json                    how it was submitted: launcher, id, attempt
     control.json      (0600)    where rank 0's NATS and etcd are, and every secret of the deployment
     endpoint.json     (0600)    where to send requests, and the state of the deployment
@@ -81,7 +81,10 @@ class MemberRecord(msgspec.Struct, kw_only=True):
 
 
 class RankRecord(msgspec.Struct, kw_only=True):
-    """What a rank last said; `heartbeat` is its own clock, in seconds since the epoch."""
+    """What a rank last said; `heartbeat` is its own clock, in seconds since the epoch.
+
+    `pid` and `born` (the kernel's start time of the process, in clock ticks) name its agent on `host` for good.
+    """
 
     attempt: int
     rank: int
@@ -89,6 +92,7 @@ class RankRecord(msgspec.Struct, kw_only=True):
     address: str
     port_base: int
     pid: int
+    born: int
     heartbeat: float
     members: dict[str, MemberRecord] = {}
     control_ready_s: float | None = None
@@ -160,15 +164,25 @@ class RunDirectory:
         """Log of one member, or of a server of the control plane."""
         return self.logs(attempt) / f"{member}.log"
 
+    def next_attempt(self) -> int:
+        """Number of the attempt after all that ever began here."""
+        begun = (int(path.name.removeprefix("attempt_")) for path in (self.path / "logs").glob("attempt_*"))
+        return max(begun, default=0) + 1
+
     def prepare(self, recipe: Recipe, plan: Plan, attempt: int) -> None:
-        """Make the folder ready for an attempt: write what was decided, remove what the last attempt said."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.logs(attempt).mkdir(parents=True, exist_ok=True)
+        """Make the folder ready for an attempt: write what was decided, remove what the last attempt said.
+
+        Raises:
+            FileExistsError: Somebody else has begun this attempt.
+        """
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.logs(attempt).mkdir(parents=True)
         (self.path / "ranks").mkdir(exist_ok=True)
         self.targets_file.parent.mkdir(exist_ok=True)
         for stale in (self.stop_file, self.path / "control.json", self.path / "endpoint.json", *self._rank_files()):
             stale.unlink(missing_ok=True)
-        write(self.path / "recipe.yaml", msgspec.yaml.encode(asdict(recipe)))
+        # The recipe may hold tokens in the engines' environment.
+        write(self.path / "recipe.yaml", msgspec.yaml.encode(asdict(recipe)), mode=0o600)
         write(self.path / "plan.yaml", msgspec.yaml.encode(asdict(plan)))
         if not self.api_key_file.exists():
             write(self.api_key_file, f"baton-{secrets.token_urlsafe(32)}\n".encode(), mode=0o600)
@@ -200,6 +214,11 @@ class RunDirectory:
     def endpoint(self) -> Endpoint | None:
         """The endpoint of the running attempt, once rank 0 has published it."""
         return self._read("endpoint.json", Endpoint)
+
+    def rank(self, attempt: int, rank: int) -> RankRecord | None:
+        """The last word of one rank of an attempt."""
+        record = self._read(f"ranks/{rank}.json", RankRecord)
+        return record if record and record.attempt == attempt else None
 
     def ranks(self, attempt: int) -> dict[int, RankRecord]:
         """The last word of every rank of an attempt."""
@@ -255,9 +274,13 @@ def write(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Replace a file whole: written aside with its final mode, then renamed."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    aside.replace(path)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def read_bytes(path: Path, tries: int = 5) -> bytes | None:

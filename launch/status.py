@@ -24,10 +24,10 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         run = find(arguments.runs_dir.absolute(), arguments.name)
+        view = watch.look(run)
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    view = watch.look(run)
     alive = watch.where_alive(run)
     phase = view.phase if alive else Phase.STOPPED
     if arguments.json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from launch.plan import plan
 from launch.progress import Row, rows
 from launch.recipe import Launcher
 from launch.records import SILENT_AFTER_S, Endpoint, Job, Phase, RankRecord, RunDirectory
-from slurm.children import tail
+from slurm.children import born, tail
 
 ENDED_SLURM_STATES = {
     "",
@@ -31,7 +32,11 @@ ENDED_SLURM_STATES = {
     "BOOT_FAIL",
 }
 KILL_AFTER_S = 60.0
+ASK_SLURM_S = 3.0
 POLL_S = 0.25
+
+# squeue's last answers of this process, by job; see slurm_state.
+_said: dict[str, tuple[float, tuple[str | None, str]]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,8 @@ class View:
     ranks: dict[int, RankRecord]
     endpoint: Endpoint | None
     rows: list[Row]
+    expected: int
+    """Ranks of the plan."""
 
     @property
     def phase(self) -> Phase:
@@ -55,8 +62,8 @@ class View:
 
     @property
     def ended(self) -> bool:
-        """Whether every rank that started has said that it ended."""
-        return bool(self.ranks) and all(record.ended for record in self.ranks.values())
+        """Whether every rank has said that it ended."""
+        return len(self.ranks) == self.expected and all(record.ended for record in self.ranks.values())
 
 
 def look(run: RunDirectory) -> View:
@@ -69,7 +76,8 @@ def look(run: RunDirectory) -> View:
     if job is None:
         raise DeploymentError(f"{run.path} has no job.json")
     ranks = run.ranks(job.attempt)
-    return View(job, ranks, run.endpoint(), rows(plan(run.recipe()), ranks))
+    where = plan(run.recipe())
+    return View(job, ranks, run.endpoint(), rows(where, ranks), where.ranks)
 
 
 def where_alive(run: RunDirectory) -> str | None:
@@ -78,7 +86,7 @@ def where_alive(run: RunDirectory) -> str | None:
     if job is None:
         return None
     ranks = run.ranks(job.attempt)
-    ended = bool(ranks) and all(record.ended for record in ranks.values())
+    ended = len(ranks) == plan(run.recipe()).ranks and all(record.ended for record in ranks.values())
     if job.launcher is Launcher.SLURM:
         state, _ = slurm_state(job.id)
         if state is None:  # Slurm does not answer from here: believe what the ranks wrote
@@ -88,10 +96,10 @@ def where_alive(run: RunDirectory) -> str | None:
         return None
     if job.host != socket.gethostname():
         return f"on {job.host}" if recently_heard(ranks) else None
-    alive = [record.pid for record in ranks.values() if is_agent(record.pid)]
-    if alive or (not ranks and is_agent(int(job.id or 0)) and job.launcher is Launcher.LOCAL):
-        return f"on this machine, process {alive[0] if alive else job.id}"
-    return None
+    alive = [str(record.pid) for record in ranks.values() if born(record.pid) == record.born]
+    if not alive and job.launcher is Launcher.LOCAL and is_controller(job.id, run):
+        alive = [job.id]
+    return f"on this machine, process {alive[0]}" if alive else None
 
 
 def recently_heard(ranks: dict[int, RankRecord]) -> bool:
@@ -99,17 +107,27 @@ def recently_heard(ranks: dict[int, RankRecord]) -> bool:
     return any(time.time() - record.heartbeat < SILENT_AFTER_S for record in ranks.values())
 
 
-def is_agent(pid: int) -> bool:
-    """Whether the process is one of ours: the number may belong to another program by now."""
+def is_controller(pid: str, run: RunDirectory) -> bool:
+    """Whether the process is submitit's local controller of this deployment."""
     try:
-        line = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return bytes(run.path) in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
-    return b"submitit" in line or b"launch" in line
 
 
 def slurm_state(job_id: str) -> tuple[str | None, str]:
-    """State and reason of a job by squeue; ("", "") once Slurm has forgotten it, (None, "") when squeue does not answer."""
+    """State and reason of a job, as squeue said within the last seconds: sites throttle who asks more often.
+
+    ("", "") once Slurm has forgotten the job, (None, "") when squeue does not answer.
+    """
+    asked, answer = _said.get(job_id, (0.0, (None, "")))
+    if not asked or time.monotonic() - asked > ASK_SLURM_S:
+        answer = _ask_slurm(job_id)
+        _said[job_id] = (time.monotonic(), answer)
+    return answer
+
+
+def _ask_slurm(job_id: str) -> tuple[str | None, str]:
     if not job_id or shutil.which("squeue") is None:
         return None, ""
     command = ["squeue", "--noheader", "--jobs", job_id, "--states=all", "--format=%T|%r|%S"]
@@ -126,26 +144,39 @@ def slurm_state(job_id: str) -> tuple[str | None, str]:
 
 
 def request_stop(run: RunDirectory) -> None:
-    """Ask the agents to end; a Slurm job that has not started is cancelled."""
+    """Ask the agents to end, by the stop file and, as a network file system may hide that for a while, by a signal.
+
+    A Slurm job that has not started is cancelled.
+    """
     run.stop_file.touch()
     job = run.job()
-    if job and job.launcher is Launcher.SLURM and not run.ranks(job.attempt):
-        state, _ = slurm_state(job.id)
-        if state == "PENDING":
-            cancel(job)
+    if job and job.launcher is Launcher.SLURM:
+        pending = not run.ranks(job.attempt) and slurm_state(job.id)[0] == "PENDING"
+        cancel(job, *(() if pending else ("--signal=USR1",)))
 
 
-def cancel(job: Job) -> None:
+def cancel(job: Job, *flags: str) -> None:
     """scancel a job."""
-    subprocess.run(["scancel", job.id], capture_output=True, timeout=60, check=False)
+    subprocess.run(["scancel", *flags, job.id], capture_output=True, timeout=60, check=False)
 
 
 def signal_agents(run: RunDirectory, signum: signal.Signals) -> None:
     """Send a signal to the agents on this machine."""
     job = run.job()
     for record in run.ranks(job.attempt).values() if job else ():
-        if record.host == socket.gethostname() and is_agent(record.pid) and record.pid != os.getpid():
-            os.kill(record.pid, signum)
+        ours = record.host == socket.gethostname() and record.pid != os.getpid()
+        if ours and born(record.pid) == record.born:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(record.pid, signum)
+
+
+def insist(run: RunDirectory) -> None:
+    """End a deployment at once that was asked to end before."""
+    job = run.job()
+    if job and job.launcher is Launcher.SLURM:
+        cancel(job)
+    else:
+        signal_agents(run, signal.SIGTERM)
 
 
 def stop(run: RunDirectory, timeout_s: float, on_look: Callable[[View], None] = lambda view: None) -> None:
@@ -157,13 +188,9 @@ def stop(run: RunDirectory, timeout_s: float, on_look: Callable[[View], None] = 
     request_stop(run)
     if _until_gone(run, timeout_s, on_look):
         return
-    job = run.job()
-    if job and job.launcher is Launcher.SLURM:
-        cancel(job)
-    else:
-        for signum in (signal.SIGTERM, signal.SIGTERM):
-            signal_agents(run, signum)
-            time.sleep(0.5)
+    for _ in range(2):  # agents take the first as a request, the second as an order
+        insist(run)
+        time.sleep(0.5)
     if _until_gone(run, KILL_AFTER_S, on_look):
         return
     raise DeploymentError(f"{run.name} still runs: {where_alive(run)}")

@@ -17,8 +17,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import zmq
 
@@ -27,8 +26,9 @@ from launch.plan import ETCD_PEER_PORT, ETCD_PORT, NATS_PORT, Member, Plan, plan
 from launch.recipe import Launcher, Recipe
 from launch.records import Control, Job, MemberRecord, RankRecord, RunDirectory, State
 from slurm import children, commands, hosts, ports
+from slurm.commands import VISIBLE_DEVICES
 from slurm.overseer import Overseer
-from slurm.places import missing, places
+from slurm.places import Place
 from slurm.supervise import Command, Supervised
 from workers.control import servers
 
@@ -72,20 +72,27 @@ async def _serve(run: RunDirectory, ranks: Sequence[int], job_key: str) -> None:
 
 
 def _install_signals(stop: asyncio.Event, agents: list[Agent]) -> None:
-    """A first signal asks for the end, a second one ends everything at once.
+    """Any of these signals asks for the end; a second SIGTERM or SIGINT ends everything at once.
 
-    This replaces submitit's handlers, which ignore SIGTERM and kill rank 0 alone at USR2.
+    USR1 is Slurm's notice before the time limit and our own `launch.stop`; however often it comes, it only asks. This
+    replaces submitit's handlers, which ignore SIGTERM and kill rank 0 alone at USR2.
     """
+    insisted = 0
 
-    def ask() -> None:
-        if stop.is_set():
+    def insist() -> None:
+        nonlocal insisted
+        insisted += 1
+        if insisted > 1:
             log.warning("asked again: ending everything now")
             for agent in agents:
                 agent.kill()
         stop.set()
 
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        asyncio.get_running_loop().add_signal_handler(signum, ask)
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, insist)
+    for signum in (signal.SIGUSR1, signal.SIGUSR2):
+        loop.add_signal_handler(signum, stop.set)
 
 
 class Agent:
@@ -101,6 +108,7 @@ class Agent:
         self._rank = rank
         self._stop = stop
         self._supervised: list[Supervised] = []
+        self._unwritten = False
         # An agent begins with its process, imports included; the debug launcher's process began long before.
         self._started = time.monotonic() - (0.0 if job.launcher is Launcher.DEBUG else process_age_s())
         self._record = RankRecord(
@@ -110,6 +118,7 @@ class Agent:
             address="",
             port_base=0,
             pid=os.getpid(),
+            born=children.born(os.getpid()) or 0,
             heartbeat=time.time(),
             members={},
         )
@@ -128,7 +137,7 @@ class Agent:
         try:
             await self._run_rank(job_key)
         except BaseException as error:
-            self._record.failure = _first_line(error)
+            self._record.failure = str(_innermost(error)) or type(_innermost(error)).__name__
             log.error("rank %d: %s", self._rank, _innermost(error))
             raise
         finally:
@@ -155,14 +164,18 @@ class Agent:
                         await self._members(group)
                     for task in background:
                         task.cancel()
-            except* LaunchError as errors:
+            except* (LaunchError, OSError) as errors:
                 raise _innermost(errors) from None
 
     async def _members(self, group: asyncio.TaskGroup) -> None:
         """Frontends (rank 0) and engine members, from their start to their end."""
-        frontends = [self._frontend(name) for name in self._plan.frontends] if self._rank == 0 else []
         await self._wait_for_control()
-        engines = [await self._engine(member) for member in self._plan.on(self._rank)]
+        frontends = [self._frontend(name) for name in self._plan.frontends] if self._rank == 0 else []
+        engines: list[Supervised] = []
+        for member in self._plan.on(self._rank):
+            await self._wait_for_rank(self._plan.leader_of(member.engine).rank)
+            if not self._stop.is_set():
+                engines.append(self._engine(member))
         for item in (*frontends, *engines):
             group.create_task(item.run(), name=item.command.name)
         await self._stop.wait()
@@ -171,7 +184,7 @@ class Agent:
             self._record.drained = True
             self._save()
         else:
-            await self._wait_for(lambda: self._rank0_drained(), self._recipe.engine.drain_s + 5)
+            await self._wait_for(self._rank0_drained, self._recipe.engine.drain_s + 5)
         await _all_stopped(engines)
         self._record.drained = True
 
@@ -218,11 +231,9 @@ class Agent:
         invocation = commands.frontend(name, self._run.path)
         return self._child(name, invocation, FRONTEND_READY_S)
 
-    async def _engine(self, member: Member) -> Supervised:
-        leader = self._plan.leader_of(member.engine)
-        await self._wait_for_ranks({self._rank, leader.rank})
-        place = places(self._run.ranks(self._job.attempt))[self._rank]
-        invocation = commands.engine(self._recipe, member, self._run.path, place)
+    def _engine(self, member: Member) -> Supervised:
+        place = Place(self._record.address, self._record.port_base)
+        invocation = commands.engine(self._recipe, member, self._run.path, place, visible_devices())
         return self._child(member.name, invocation, self._recipe.engine.ready_timeout_s)
 
     def _child(self, name: str, invocation: commands.Invocation, ready_timeout_s: float) -> Supervised:
@@ -267,16 +278,15 @@ class Agent:
         if not await self._wait_for(published, self._recipe.engine.ready_timeout_s, unless_stopped=True):
             raise DeploymentError("rank 0 did not publish its control plane: see its log")
 
-    async def _wait_for_ranks(self, needed: set[int]) -> None:
+    async def _wait_for_rank(self, rank: int) -> None:
         def there() -> bool:
-            return not missing(needed, self._run.ranks(self._job.attempt))
+            return self._run.rank(self._job.attempt, rank) is not None
 
         if not await self._wait_for(there, self._recipe.engine.ready_timeout_s, unless_stopped=True):
-            raise DeploymentError(f"ranks {missing(needed, self._run.ranks(self._job.attempt))} did not start")
+            raise DeploymentError(f"rank {rank} did not start: see {self._run.logs(self._job.attempt)}")
 
-    async def _wait_for(self, condition: object, timeout_s: float, unless_stopped: bool = False) -> bool:
+    async def _wait_for(self, condition: Callable[[], bool], timeout_s: float, unless_stopped: bool = False) -> bool:
         """Poll until the condition holds; a stop also ends the wait (as if it held) when `unless_stopped`."""
-        assert callable(condition)
         deadline = time.monotonic() + timeout_s
         while not condition():
             if unless_stopped and self._stop.is_set():
@@ -287,7 +297,7 @@ class Agent:
         return True
 
     def _rank0_drained(self) -> bool:
-        rank0 = self._run.ranks(self._job.attempt).get(0)
+        rank0 = self._run.rank(self._job.attempt, 0)
         return rank0 is None or rank0.drained or rank0.ended
 
     def _others_running(self) -> list[int]:
@@ -295,17 +305,21 @@ class Agent:
         return [rank for rank, record in ranks.items() if rank != self._rank and not record.ended]
 
     async def _watch_rank0(self) -> None:
-        """End with rank 0: it was asked to stop, it has ended, or it has not been heard for a long time."""
-        heard, last = time.monotonic(), 0.0
+        """End with rank 0: when it was asked to stop, when it has ended.
+
+        Raises:
+            DeploymentError: It did not start in time, or has not been heard for a long time.
+        """
+        heard, last, allowed_s = time.monotonic(), 0.0, self._recipe.engine.ready_timeout_s
         while True:
-            rank0 = self._run.ranks(self._job.attempt).get(0)
-            if rank0 and rank0.heartbeat != last:
-                heard, last = time.monotonic(), rank0.heartbeat
-            if self._run.stop_file.exists() or (rank0 and rank0.ended):
-                self._stop.set()
-            if time.monotonic() - heard > LOST_RANK0_S and not self._stop.is_set():
-                log.error("rank 0 was not heard for %.0f s: ending", LOST_RANK0_S)
-                self._stop.set()
+            with contextlib.suppress(OSError):  # the shared file system has a bad moment: look again
+                rank0 = self._run.rank(self._job.attempt, 0)
+                if rank0 and rank0.heartbeat != last:
+                    heard, last, allowed_s = time.monotonic(), rank0.heartbeat, LOST_RANK0_S
+                if self._run.stop_file.exists() or (rank0 and rank0.ended):
+                    self._stop.set()
+            if time.monotonic() - heard > allowed_s and not self._stop.is_set():
+                raise DeploymentError(f"rank 0 was not heard for {allowed_s:.0f} s")
             await asyncio.sleep(POLL_S)
 
     # --- what this rank says --------------------------------------------------------------------------------------
@@ -331,14 +345,28 @@ class Agent:
         )
 
     def _save(self) -> None:
+        """Write the record; a file system that is full or away must not end what serves."""
         self._record.heartbeat = time.time()
-        self._run.put_rank(self._record)
+        try:
+            self._run.put_rank(self._record)
+        except OSError as error:
+            if not self._unwritten:
+                log.warning("the record of rank %d cannot be written: %s", self._rank, error)
+            self._unwritten = True
+        else:
+            self._unwritten = False
 
 
 def process_age_s() -> float:
-    """Seconds since this process was started, by the kernel's clock (proc(5), field 22 of stat)."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    """Seconds since this process was started, by the kernel's clock."""
+    ticks = children.born(os.getpid()) or 0
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def visible_devices() -> tuple[str, ...] | None:
+    """The GPUs that this rank was given, as CUDA counts or names them; None when nobody restricted them."""
+    given = os.environ.get(VISIBLE_DEVICES, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    return tuple(given.split(",")) if given else None
 
 
 async def _all_stopped(items: Sequence[Supervised]) -> None:
@@ -350,7 +378,3 @@ def _innermost(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(_innermost(error)) or type(_innermost(error)).__name__

@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 REPORT_FD = "BATON_REPORT_FD"
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
-SHM = re.compile(r"(/dev/shm/\S+)")
+SHM = re.compile(r" (/dev/shm/[^\n]+)$", re.MULTILINE)
+DELETED = " (deleted)"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -86,16 +87,19 @@ class Child:
         await asyncio.to_thread(self._remove_files)
 
     def _remove_files(self) -> None:
-        for segment in self._shared_memory:
-            Path(segment).unlink(missing_ok=True)
+        mapped_elsewhere = set().union(*(mapped_segments(int(pid)) for pid in os.listdir("/proc") if pid.isdigit()))
+        for segment in self._shared_memory - mapped_elsewhere:
+            with contextlib.suppress(OSError):  # somebody else's, or gone
+                Path(segment).unlink()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def note_shared_memory(self) -> None:
-        """Remember the segments of /dev/shm that the group has mapped: killed engines leave them, and no name says whose."""
+        """Remember the segments of /dev/shm that the group has mapped: killed engines leave them, and no name says whose.
+
+        What another process has mapped as well when the group is gone is not removed.
+        """
         for pid in group_members(self.pid):
-            with contextlib.suppress(OSError):
-                maps = Path(f"/proc/{pid}/maps").read_text()
-                self._shared_memory.update(path for path in SHM.findall(maps) if not path.endswith("(deleted)"))
+            self._shared_memory |= mapped_segments(pid)
 
     def tail(self, lines: int = 20) -> str:
         """The last lines of its log."""
@@ -160,6 +164,27 @@ def group_members(group: int) -> list[int]:
 def group_alive(group: int) -> bool:
     """Whether any process of the group still runs."""
     return bool(group_members(group))
+
+
+def mapped_segments(pid: int) -> set[str]:
+    """Files of /dev/shm that a process has mapped, those that were deleted since left out."""
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return set()
+    return {path for path in SHM.findall(maps) if not path.endswith(DELETED)}
+
+
+def born(pid: int) -> int | None:
+    """When a process started, in the kernel's clock ticks since boot (proc(5), stat field 22); None if it has ended.
+
+    With the pid it names a process for good: a pid alone may belong to another program by now.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def reap_adopted(group: int) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch.plan import Member
 from launch.recipe import Recipe
 from workers.engine.arguments import Place, engine_environment
+
+# submitit's local executor overwrites CUDA_VISIBLE_DEVICES; what it was before travels under this name.
+VISIBLE_DEVICES = "BATON_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +23,12 @@ class Invocation:
     env: Mapping[str, str]
 
 
-def engine(recipe: Recipe, member: Member, run_dir: Path, place: Place) -> Invocation:
-    """The process of an engine member."""
+def engine(
+    recipe: Recipe, member: Member, run_dir: Path, place: Place, visible: Sequence[str] | None = None
+) -> Invocation:
+    """The process of an engine member; its slots count within `visible`, the GPUs that the rank was given."""
     argv = (sys.executable, "-m", "workers.engine", str(run_dir), member.name)
-    return Invocation(argv, engine_environment(recipe, member, place))
+    return Invocation(argv, engine_environment(recipe, member, place, visible))
 
 
 def frontend(name: str, run_dir: Path) -> Invocation:

@@ -21,6 +21,7 @@ from launch.errors import PlanError, SubmitError
 from launch.plan import Plan
 from launch.recipe import Launcher, Recipe
 from slurm import task
+from slurm.commands import VISIBLE_DEVICES
 
 # Our agents decide who ends, not Slurm: a dead node or task must not take the others along.
 STEP_ARGS = ("--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--mpi=none", "--cpu-bind=none")
@@ -31,7 +32,8 @@ def parameters(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     """The flags of the Slurm job, in submitit's names; one task for each node."""
     batch = recipe.slurm
     setup = [f"export SRUN_CPUS_PER_TASK={batch.cpus_per_task}"] if batch.cpus_per_task else []
-    more: dict[str, Any] = {"no-kill": True, "signal": f"USR1@{drain_notice_s(recipe)}"}
+    # A requeued job would find the records of its own earlier life and take them for the present.
+    more: dict[str, Any] = {"no-kill": True, "no-requeue": True, "signal": f"USR1@{drain_notice_s(recipe)}"}
     if recipe.cluster.gpu_request and recipe.engine.device == "cuda":
         flag, _, value = recipe.cluster.gpu_request.format(n=recipe.cluster.gpus_per_node).partition("=")
         more[flag] = value
@@ -83,6 +85,12 @@ def check(launcher: Launcher, recipe: Recipe, plan: Plan, gpus_here: int) -> Non
                     f"launcher=slurm needs {name} on PATH and there is none: run this on a login node of the cluster, "
                     "or use launcher=local to run on this machine"
                 )
+        shortest = (drain_notice_s(recipe) + 60) // 60 + 1
+        if recipe.slurm.time_min < shortest:
+            raise SubmitError(
+                f"slurm.time_min={recipe.slurm.time_min} leaves no time to serve: Slurm's notice comes up to "
+                f"{drain_notice_s(recipe) + 60} s before the end; use at least {shortest}, or a smaller engine.drain_s"
+            )
     elif recipe.engine.device == "cuda":
         if plan.ranks > 1:
             raise PlanError(
@@ -97,7 +105,10 @@ def check(launcher: Launcher, recipe: Recipe, plan: Plan, gpus_here: int) -> Non
 
 
 def gpus_here() -> int:
-    """NVIDIA GPUs of this machine, by their device files."""
+    """NVIDIA GPUs of this machine that we may use, by CUDA_VISIBLE_DEVICES or else by their device files."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given:
+        return len(given.split(","))
     return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
 
 
@@ -152,6 +163,9 @@ def _shielded_children(output: Path) -> Iterator[None]:
     before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in (signal.SIGINT, signal.SIGHUP)}
     sys.stdout.flush()
     sys.stderr.flush()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        os.environ[VISIBLE_DEVICES] = visible
     kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
     with output.open("ab") as file:
         for descriptor in kept:
@@ -159,6 +173,7 @@ def _shielded_children(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        os.environ.pop(VISIBLE_DEVICES, None)
         for descriptor, copy in kept.items():
             os.dup2(copy, descriptor)
             os.close(copy)

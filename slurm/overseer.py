@@ -10,13 +10,17 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+import msgspec
+
+from launch.errors import DeploymentError
 from launch.plan import FRONTEND_PORT, Plan
 from launch.recipe import Launcher, Recipe
-from launch.records import Endpoint, Job, Phase, RankRecord, RunDirectory, State
+from launch.records import SILENT_AFTER_S, Endpoint, Job, Phase, RankRecord, RunDirectory, State
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.1
+SETTLED_POLL_S = 0.5
 
 
 class Overseer:
@@ -29,6 +33,9 @@ class Overseer:
         self._job = job
         self._stop = stop
         self._was_ready = False
+        self._begun = time.monotonic()
+        self._heard: dict[int, tuple[float, float]] = {}
+        self._targets_told: list[dict[str, Any]] = []
         self._endpoint: Endpoint | None = None
 
     @contextlib.asynccontextmanager
@@ -49,27 +56,43 @@ class Overseer:
         try:
             yield
         finally:
-            self._publish(Phase.STOPPED)
+            with contextlib.suppress(OSError):
+                self._publish(Phase.STOPPED)
 
     async def watch(self) -> None:
-        """Follow the ranks and the stop file; for ever."""
-        targets: list[dict[str, Any]] = []
+        """Follow the ranks and the stop file; for ever.
+
+        Raises:
+            DeploymentError: A rank did not start in time.
+        """
         while True:
-            ranks = self._run.ranks(self._job.attempt)
-            failure = next((record.failure for record in ranks.values() if record.failure), None)
-            if self._run.stop_file.exists() or failure:
-                self._stop.set()
-            self._publish(await self._phase(ranks))
-            found = self._targets(ranks)
-            if found != targets:
-                targets = found
-                self._run.put_targets(found)
-            await asyncio.sleep(POLL_S)
+            try:
+                await self._look()
+            except OSError as error:
+                log.warning("the run directory cannot be read or written (%s); looking again", error)
+            settled = self._endpoint and self._endpoint.state is not Phase.STARTING
+            await asyncio.sleep(SETTLED_POLL_S if settled else POLL_S)
+
+    async def _look(self) -> None:
+        if self._run.stop_file.exists():
+            self._stop.set()
+        ranks = self._run.ranks(self._job.attempt)
+        if any(record.failure for record in ranks.values()):
+            self._stop.set()
+        absent = sorted(set(range(self._plan.ranks)) - set(ranks))
+        if absent and time.monotonic() - self._begun > self._recipe.engine.ready_timeout_s:
+            raise DeploymentError(f"ranks {absent} did not start: see {self._run.logs(self._job.attempt)}")
+        self._publish(await self._phase(ranks))
+        targets = self._targets(ranks)
+        if targets != self._targets_told:
+            self._run.put_targets(targets)
+            self._targets_told = targets
 
     async def _phase(self, ranks: Mapping[int, RankRecord]) -> Phase:
         if self._stop.is_set():
             return Phase.DRAINING
-        states = {name: record.state for rank in ranks.values() for name, record in rank.members.items()}
+        heard = [record for record in ranks.values() if not self._silent(record)]
+        states = {name: member.state for record in heard for name, member in record.members.items()}
         names = [*(member.name for member in self._plan.members), *self._plan.frontends]
         whole = all(states.get(name) is State.READY for name in names)
         if not whole:
@@ -77,6 +100,14 @@ class Overseer:
         if not self._was_ready:
             self._was_ready = await self._routed()
         return Phase.READY if self._was_ready else Phase.STARTING
+
+    def _silent(self, record: RankRecord) -> bool:
+        """Whether a rank has not written for a while, by our own clock: the clocks of nodes differ."""
+        heartbeat, since = self._heard.get(record.rank, (0.0, 0.0))
+        if heartbeat != record.heartbeat:
+            since = time.monotonic()
+            self._heard[record.rank] = (record.heartbeat, since)
+        return time.monotonic() - since > SILENT_AFTER_S
 
     async def _routed(self) -> bool:
         """Whether the first frontend says that it can answer."""
@@ -94,10 +125,11 @@ class Overseer:
 
     def _publish(self, phase: Phase) -> None:
         assert self._endpoint
-        if phase is not self._endpoint.state and self._endpoint.state is not Phase.STOPPED:
-            log.info("the deployment is %s", phase)
-            self._endpoint.state = phase
-            self._run.put_endpoint(self._endpoint)
+        if phase is self._endpoint.state or self._endpoint.state is Phase.STOPPED:
+            return
+        log.info("the deployment is %s", phase)
+        self._run.put_endpoint(msgspec.structs.replace(self._endpoint, state=phase))
+        self._endpoint.state = phase
 
     def _expires_at(self) -> float | None:
         """When Slurm ends the job; SLURM_JOB_END_TIME is absent in Slurm 22.05, then our own limit is counted from now."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from launch.plan import Plan
@@ -45,8 +45,3 @@ def places(ranks: Mapping[int, RankRecord]) -> dict[int, Place]:
 def planned(plan: Plan) -> dict[int, PlannedPlace]:
     """The places of a plan that does not run."""
     return {rank: PlannedPlace(rank) for rank in range(plan.ranks)}
-
-
-def missing(needed: Iterable[int], ranks: Mapping[int, RankRecord]) -> list[int]:
-    """The ranks among those needed that have not reported."""
-    return sorted(set(needed) - set(ranks))

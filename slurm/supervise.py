@@ -47,16 +47,17 @@ class Supervised:
 
         Raises:
             ChildError: It died before it was ready for the first time.
-            DeploymentError: It was not ready in time.
+            DeploymentError: It was not ready in time the first time.
+            OSError: It could not be started at all.
         """
         deaths = 0
         while not self._stopping.is_set():
             started = asyncio.get_running_loop().time()
-            code = await self._run_once()
-            if self._stopping.is_set():
-                break
-            assert self._child
-            error = self._child.error(code)
+            try:
+                await self._run_once()
+                break  # it was asked to stop
+            except (ChildError, DeploymentError, OSError) as failure:
+                error = failure
             if not self.first_ready.is_set():
                 self._tell(State.FAILED, str(error))
                 raise error
@@ -64,7 +65,7 @@ class Supervised:
             delay = BACK_OFF_S[min(deaths, len(BACK_OFF_S) - 1)]
             deaths += 1
             log.error("%s; starting it again in %.1f s", error, delay)
-            self._tell(State.RESTARTING, f"exit code {code}")
+            self._tell(State.RESTARTING, str(error))
             await self._pause(delay)
         self._tell(State.STOPPED)
 
@@ -81,12 +82,20 @@ class Supervised:
         if self._child:
             self._child.kill()
 
-    async def _run_once(self) -> int:
+    async def _run_once(self) -> None:
+        """One life of the child; returns when it was asked to stop.
+
+        Raises:
+            ChildError: It ended by itself.
+            DeploymentError: It was not ready in time.
+        """
         command = self.command
         self._ready.clear()
         self._child = child = await start(command.name, command.argv, command.env, command.log_path, self._reported)
-        self._tell(State.STARTING)
         try:
+            if self._stopping.is_set():  # the request came while there was no child to tell
+                return
+            self._tell(State.STARTING)
             async with asyncio.TaskGroup() as group:
                 watch = group.create_task(self._watch_readiness(child))
                 code = await child.wait()
@@ -96,7 +105,8 @@ class Supervised:
         finally:
             # Also on the way out of a cancelled or failed deployment: nothing of the child may stay behind.
             await asyncio.shield(asyncio.ensure_future(child.stop(command.stop_grace_s)))
-        return code
+        if not self._stopping.is_set():
+            raise child.error(code)
 
     async def _watch_readiness(self, child: Child) -> None:
         try:
@@ -110,7 +120,6 @@ class Supervised:
                 f"{self.command.name} was not ready within {self.command.ready_timeout_s:.0f} s "
                 f"(engine.ready_timeout_s); the end of {child.log_path}:\n{child.tail()}"
             )
-            self._tell(State.FAILED, message)
             child.kill()
             raise DeploymentError(message) from None
 
@@ -131,6 +140,3 @@ class Supervised:
                 await self._stopping.wait()
         except TimeoutError:
             pass
-
-
-__all__ = ["ChildError", "Command", "Supervised"]

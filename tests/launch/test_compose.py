@@ -57,6 +57,16 @@ from launch.recipe import Kind, Launcher, Wait
         pytest.param(["+recipe=tiny_agg", "name=a/b"], r"cannot name a folder", id="name"),
         pytest.param(["+recipe=tiny_agg", "frontend.port=70000"], r"1 to 65535", id="port"),
         pytest.param(["+recipe=tiny_agg", "slurm.time_min=0"], r"at least 1 minute", id="time"),
+        pytest.param(
+            ["+recipe=tiny_agg", "engine.args.tensor_parallel_size=2"],
+            r"is decided by the plan",
+            id="the plan's argument",
+        ),
+        pytest.param(
+            ["+recipe=tiny_disagg", "roles.decode.args.block_size=64"],
+            r"must agree on block_size",
+            id="unequal engines",
+        ),
         pytest.param(["+recipe=tiny_agg", "engine.device=tpu"], r"cpu or cuda", id="device"),
     ],
 )

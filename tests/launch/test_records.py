@@ -43,7 +43,7 @@ def test_secrets_are_readable_by_their_owner_alone(run: RunDirectory) -> None:
 
 def test_what_an_earlier_attempt_said_is_not_believed(run: RunDirectory) -> None:
     """A new attempt starts without ranks, endpoint or stop request; the API key stays for the clients that have it."""
-    record = RankRecord(attempt=1, rank=0, host="h", address="a", port_base=1, pid=1, heartbeat=0.0)
+    record = RankRecord(attempt=1, rank=0, host="h", address="a", port_base=1, pid=1, born=1, heartbeat=0.0)
     run.put_rank(record)
     key = run.api_key()
     run.stop_file.touch()

@@ -153,6 +153,40 @@ async def test_a_child_that_never_gets_ready_is_ended_and_named(tmp_path: Path) 
     assert states[-1] is State.FAILED
 
 
+async def test_a_stop_before_the_child_is_there_is_kept(tmp_path: Path) -> None:
+    """Asked while it is being started, or before: it ends, and nothing waits for it for ever."""
+    for wait_s in (0.0, 0.001, 0.01):
+        item = Supervised(command(tmp_path, REPORTING), lambda *said: None)
+        task = asyncio.create_task(item.run())
+        await asyncio.sleep(wait_s)
+        await item.stop()
+        async with asyncio.timeout(10):
+            await task
+
+
+async def test_a_restart_that_fails_is_tried_again(tmp_path: Path) -> None:
+    """Once it was ready, no single member's bad luck ends the deployment."""
+    once = tmp_path / "once"
+    code = (
+        "import pathlib, time\nfrom slurm.children import report\n"
+        f"first = pathlib.Path({str(once)!r})\n"
+        "lives = len(first.read_text()) if first.exists() else 0\n"
+        "first.write_text('x' * (lives + 1))\n"
+        "if lives == 1: raise SystemExit('not this time')\n"
+        "report('ready')\nif lives == 0: raise SystemExit('died')\ntime.sleep(60)\n"
+    )
+    states: list[State] = []
+    item = Supervised(command(tmp_path, code), lambda name, state, pid, detail: states.append(state))
+    task = asyncio.create_task(item.run())
+    async with asyncio.timeout(20):
+        while states.count(State.READY) < 2:
+            await asyncio.sleep(0.05)
+    await item.stop()
+    await task
+
+    assert states.count(State.RESTARTING) == 2
+
+
 async def test_a_ready_child_that_dies_is_started_again(tmp_path: Path) -> None:
     """It comes back, and a stop ends the supervision."""
     pids: list[int] = []

@@ -89,6 +89,16 @@ def test_an_engine_that_is_never_ready_is_named(tmp_path: Path, tiny_model: Path
     assert "aggregated-0 was not ready within 3 s (engine.ready_timeout_s)" in error
 
 
+@pytest.mark.slurm
+def test_an_engine_over_several_nodes_is_refused_for_now(
+    tmp_path: Path, tiny_model: Path, cluster: SlurmCluster
+) -> None:
+    """Before it waits in a queue for GPUs that it could not use."""
+    error = refused(tmp_path, "+recipe=llama70b_disagg", "cluster=slurm_gpu4", env=cluster.env)
+
+    assert "prefill-0 takes 2 nodes of 4 GPUs" in error
+
+
 def test_a_server_that_cannot_be_started_is_named(tmp_path: Path, tiny_model: Path) -> None:
     """The control plane fails like any other member."""
     shape = ("+recipe=tiny_disagg", "engine.backend=echo", f"model.path=tiny:{tiny_model}")

@@ -99,6 +99,8 @@ def test_a_request_id_goes_in_and_out(echo: Deployment) -> None:
         pytest.param(
             CHAT | {"max_tokens": 5000}, 400, "max_tokens=5000 is more than the context of 4096", id="too many tokens"
         ),
+        pytest.param(CHAT | {"seed": 10**24}, 400, "at seed", id="a number beyond all bounds"),
+        pytest.param(CHAT | {"max_completion_tokens": -5}, 400, "at least 1", id="a negative limit by its other name"),
         pytest.param(CHAT | {"n": 0}, 400, "n must be between", id="no choices"),
         pytest.param(
             CHAT | {"messages": [{"role": "user", "content": "word " * 5000}]},
@@ -180,6 +182,21 @@ def test_what_is_not_http_is_answered_and_closed(raw: Any) -> None:
     assert raw(b"\x16\x03\x01 hello\r\n\r\n").startswith(b"HTTP/1.1 400 ")
     assert raw(b"GET / HTTP/1.1\r\nX: " + b"y" * 70_000 + b"\r\n\r\n").startswith(b"HTTP/1.1 431 ")
     assert raw(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n").startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_head_request_gets_a_head_only(raw: Any) -> None:
+    """A body would be read as the next answer."""
+    got = raw(b"HEAD /live HTTP/1.1\r\nHost: x\r\n\r\nGET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+
+    assert re.findall(rb"HTTP/1.1 (\d+) ", got) == [b"200", b"200"]
+    assert got.count(b"alive") == 1
+
+
+def test_an_offered_upgrade_is_ignored(raw: Any) -> None:
+    """Some clients offer HTTP/2 with every request; they are served by HTTP/1.1."""
+    got = raw(b"GET /live HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n")
+
+    assert re.findall(rb"HTTP/1.1 (\d+) ", got) == [b"200"]
 
 
 def test_pipelined_requests_are_answered_in_order(raw: Any) -> None:

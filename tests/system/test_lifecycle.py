@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from launch.records import Phase
+from launch.records import Phase, RunDirectory
 from tests.deployments import command, deployed, processes_of, start
 from tests.reference import complete
 from tests.slurm_cluster import SlurmCluster
@@ -153,6 +153,19 @@ def test_operators_see_and_end_what_another_shell_launched(tmp_path: Path, tiny_
     assert "left is stopped" in operator(tmp_path, "status", "left").stdout
     assert operator(tmp_path, "stop", "left").stdout == "left is not running\n"
     assert operator(tmp_path, "status", "lefd").returncode == 1
+
+
+@pytest.mark.parametrize("after_s", [0.3, 0.8, 1.5, 2.5])
+def test_ctrl_c_at_any_moment_of_the_start_ends_it(tmp_path: Path, tiny_model: Path, after_s: float) -> None:
+    """Before the control plane is there, while it starts, while members load."""
+    process, output = start(tmp_path, *ECHO, f"model.path=tiny:{tiny_model}", name="early")
+    until(lambda: "submitted" in output.read_text())
+    time.sleep(after_s)
+    process.send_signal(signal.SIGINT)
+    process.wait(60)
+
+    assert "early stopped" in output.read_text()
+    assert processes_of(RunDirectory(tmp_path / "runs" / "early")) == {}
 
 
 def test_a_closed_terminal_leaves_the_deployment_running(tmp_path: Path, tiny_model: Path) -> None:

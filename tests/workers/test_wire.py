@@ -45,4 +45,4 @@ def test_anything_else_is_a_decode_error(payload: bytes) -> None:
 def test_requests_and_results_are_told_apart() -> None:
     """A worker does not take a frontend's messages from another worker."""
     with pytest.raises(msgspec.DecodeError):
-        wire.decode_to_worker(wire.encode(wire.Beat("i", True, 1)))
+        wire.decode_to_worker(wire.encode(wire.Beat("i", 1, True, 1)))

@@ -96,7 +96,7 @@ def _find(name: str, configured: str | None, wheel: Path | None, install: str, k
         return configured
     beside_python = str(Path(sys.executable).parent)
     on_path = shutil.which(name)
-    if on_path and Path(on_path).read_bytes()[:2] != b"#!":
+    if on_path and not _is_script(on_path):
         return on_path
     if wheel and wheel.exists():
         return str(wheel)
@@ -106,18 +106,23 @@ def _find(name: str, configured: str | None, wheel: Path | None, install: str, k
     raise LaunchError(f"no {name} on PATH: `{install}`, or name one with {key}=<path>")
 
 
+def _is_script(path: str) -> bool:
+    with Path(path).open("rb") as file:
+        return file.read(2) == b"#!"
+
+
 async def _nats_ready(address: str, port: int) -> None:
     """A NATS server speaks first: INFO as soon as it serves clients."""
     while True:
         try:
             reader, writer = await asyncio.open_connection(address, port)
+            line = await reader.readline()
+            writer.close()
         except OSError:
-            await asyncio.sleep(0.01)
-            continue
-        line = await reader.readline()
-        writer.close()
+            line = b""
         if line.startswith(b"INFO "):
             return
+        await asyncio.sleep(0.01)
 
 
 async def _etcd_ready(control: Control) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from launch.plan import Member, Plan
@@ -65,8 +65,13 @@ def engine_arguments(recipe: Recipe, plan: Plan, member: Member, places: Mapping
     return arguments | dict(recipe.engine.args) | dict(role.args)
 
 
-def engine_environment(recipe: Recipe, member: Member, place: Place) -> dict[str, str]:
-    """What a member's environment has beyond the agent's own; what the recipe says wins."""
+def engine_environment(
+    recipe: Recipe, member: Member, place: Place, visible: Sequence[str] | None = None
+) -> dict[str, str]:
+    """What a member's environment has beyond the agent's own; what the recipe says wins.
+
+    `visible` are the GPUs that the rank was given, where somebody restricted them.
+    """
     role = role_of(recipe, member)
     env = {
         "HF_HUB_OFFLINE": "1",
@@ -77,7 +82,7 @@ def engine_environment(recipe: Recipe, member: Member, place: Place) -> dict[str
         "VLLM_NIXL_SIDE_CHANNEL_PORT": place.port(member.ports.side_channel),
     }
     if recipe.engine.device == "cuda":
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(str(slot) for slot in member.slots)
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(visible[slot] if visible else str(slot) for slot in member.slots)
     else:
         env |= {
             "CUDA_VISIBLE_DEVICES": "",

@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import threading
+import time
 
 GUARDED_PID = "BATON_GUARDED_PID"
 
@@ -26,10 +27,23 @@ def guard() -> None:
     pid = int(os.environ.get(GUARDED_PID, "0"))
     if not pid or pid == os.getpid():
         return
-    descriptor = os.pidfd_open(pid)
 
     def watch() -> None:
-        select.select([descriptor], [], [])  # a pidfd becomes readable when its process has ended
+        _wait_for_end(pid)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="orphan-guard", daemon=True).start()
+
+
+def _wait_for_end(pid: int) -> None:
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    except OSError:  # Linux before 5.3 has no pidfd
+        while os.path.exists(f"/proc/{pid}"):
+            time.sleep(1)
+        return
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)  # a pidfd becomes readable when its process has ended
+    poll.poll()

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
 FRONTEND_SILENT_S = 10.0
+STOPPING = wire.Failed(0, 503, "the worker is stopping", True)
 StreamKey = tuple[bytes, int]
 
 
@@ -36,6 +37,8 @@ class RequestServer:
         self._tasks: dict[StreamKey, asyncio.Task[None]] = {}
         self._steps: dict[bytes, wire.Step] = {}
         self._heard: dict[bytes, float] = {}
+        self._sessions: dict[bytes, int] = {}
+        self._session = itertools.count(1)
         self._flush_due = False
         self._unnamed = itertools.count(-1, -1)  # work that no stream of a frontend stands for
         self.serving = True
@@ -67,9 +70,9 @@ class RequestServer:
 
     def announce(self) -> None:
         """Send the beat now."""
-        message = wire.encode(wire.Beat(self._instance, self.serving, self._engine.load.progress))
-        for identity in list(self._heard):
-            self._send(identity, message)
+        progress = self._engine.load.progress
+        for identity, session in list(self._sessions.items()):
+            self._send(identity, wire.encode(wire.Beat(self._instance, session, self.serving, progress)))
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new from frontends that listen, let what runs finish, and give back what has not by then."""
@@ -78,7 +81,7 @@ class RequestServer:
         if self._tasks:
             await asyncio.wait(list(self._tasks.values()), timeout=timeout_s)
         for key, task in list(self._tasks.items()):
-            self._step(key[0]).failed.append(wire.Failed(key[1], 503, "unavailable", "the worker is stopping", True))
+            self._fail(key, STOPPING)
             task.cancel()
         await asyncio.sleep(0)
         self._flush()
@@ -95,11 +98,13 @@ class RequestServer:
         except msgspec.DecodeError:
             log.warning("dropped a message of %d bytes that is none of ours", len(payload))
             return
-        if identity not in self._heard:
-            self._heard[identity] = time.monotonic()
-            self.announce()
         self._heard[identity] = time.monotonic()
-        if isinstance(message, wire.Generate):
+        if identity not in self._sessions:
+            self._sessions[identity] = next(self._session)
+            self.announce()
+        if isinstance(message, wire.Generate) and not self.serving:
+            self._fail((identity, message.stream), STOPPING)
+        elif isinstance(message, wire.Generate):
             self._track((identity, message.stream), self._serve((identity, message.stream), message))
         elif isinstance(message, wire.Cancel):
             task = self._tasks.get((identity, message.stream))
@@ -119,14 +124,18 @@ class RequestServer:
                 await self._prefill(key, request)
             else:
                 await self._answer(key, request)
-        except (RefusedError, transfer.TransferError) as error:
-            retryable = isinstance(error, transfer.TransferError)
-            self._fail(key, 500 if retryable else 400, "invalid_request_error", str(error), retryable)
-        except LostError as error:
-            self._fail(key, 503, "unavailable", str(error), retryable=True)
+        except RefusedError as error:
+            self._fail(key, wire.Failed(0, 400, str(error), False))
+        except (LostError, transfer.TransferError) as error:
+            self._fail(key, wire.Failed(0, 503, str(error), True))
+        except asyncio.CancelledError:
+            if request.leg is wire.Leg.PREFILL:
+                # Whoever cancelled waits for this: a result may have left before, whose blocks must then be released.
+                self._fail(key, wire.Failed(0, 503, "the prefill was cancelled", False))
+            raise
         except Exception as error:
             log.exception("request %s failed", request.request_id)
-            self._fail(key, 500, "internal_error", f"{type(error).__name__}: {error}", retryable=False)
+            self._fail(key, wire.Failed(0, 500, f"{type(error).__name__}: {error}", False))
 
     async def _prefill(self, key: StreamKey, request: wire.Generate) -> None:
         prompt = wire.unpack(request.prompt + request.produced)
@@ -137,17 +146,18 @@ class RequestServer:
             if piece.finish:
                 if piece.transfer is None:
                     raise LostError("the prefill engine returned no transfer parameters")
-                lifetime = self._engine.sizes.lease_s - transfer.MARGIN_S
+                expires_at = time.time() + self._engine.sizes.lease_s - transfer.MARGIN_S
                 self._step(key[0]).prefilled.append(
-                    wire.Prefilled(key[1], transfer.pack(piece.transfer), lifetime, len(prompt), piece.cached_tokens)
+                    wire.Prefilled(key[1], transfer.pack(piece.transfer), expires_at, len(prompt), piece.cached_tokens)
                 )
 
     async def _answer(self, key: StreamKey, request: wire.Generate) -> None:
-        identity, stream = key
         prompt = wire.unpack(request.prompt + request.produced)
         pull = None
         if request.leg is wire.Leg.DECODE:
             pull = transfer.unpack(request.transfer, len(prompt), self._engine.sizes.block_size)
+            if time.time() > request.expires_at:
+                raise transfer.TransferError("the prefill expired before its decode began, or the nodes' clocks differ")
         assert request.render, "a leg that answers says how to render"
         choice = Choice(request.render, resumed=bool(request.produced))
         ask = Ask(
@@ -157,6 +167,16 @@ class RequestServer:
             transfer=pull,
             priority=request.priority,
         )
+        try:
+            await self._stream(key, request, ask, choice)
+        except RefusedError:
+            if pull is not None:  # the decode engine will not pull: the prefill engine need not wait for it
+                await self._engine.release(f"{request.request_id}-release", pull)
+            raise
+
+    async def _stream(self, key: StreamKey, request: wire.Generate, ask: Ask, choice: Choice) -> None:
+        """Pass on what the engine produces, rendered."""
+        identity, stream = key
         produced = len(request.produced) // 4
         async for piece in self._engine.generate(ask):
             ids = wire.pack(piece.ids)
@@ -169,8 +189,8 @@ class RequestServer:
                 wire.End(stream, piece.finish, ids, data, len(request.prompt) // 4, produced, piece.cached_tokens)
             )
 
-    def _fail(self, key: StreamKey, status: int, kind: str, message: str, retryable: bool) -> None:
-        self._step(key[0]).failed.append(wire.Failed(key[1], status, kind, message, retryable))
+    def _fail(self, key: StreamKey, failed: wire.Failed) -> None:
+        self._step(key[0]).failed.append(msgspec.structs.replace(failed, stream=key[1]))
 
     async def _release(self, message: wire.Release) -> None:
         """Free a prefill's blocks; when that fails they are freed by the end of their lease."""
@@ -206,6 +226,7 @@ class RequestServer:
 
     def _forget(self, identity: bytes) -> None:
         self._heard.pop(identity, None)
+        self._sessions.pop(identity, None)
         for key, task in list(self._tasks.items()):
             if key[0] == identity:
                 task.cancel()

@@ -23,13 +23,16 @@ class VllmEngine:
         from vllm import __version__
 
         config = llm.vllm_config
+        lease_s = KV_LEASE_S
+        if config.kv_transfer_config is not None:
+            lease_s = config.kv_transfer_config.get_from_extra_config("kv_lease_duration", KV_LEASE_S)
         self._llm = llm
         self._sampling = Sampling(config.model_config.get_diff_sampling_param())
         self.load = load
         self.sizes = Sizes(
             max_model_len=config.model_config.max_model_len,
             block_size=config.cache_config.block_size,
-            lease_s=KV_LEASE_S,
+            lease_s=lease_s,
             version=__version__,
         )
 

@@ -31,6 +31,8 @@ from workers.runtime.registry import follow
 
 log = logging.getLogger("workers.frontend")
 
+FLUSH_S = 2.0
+
 
 def main() -> int:
     """Serve until SIGTERM, then let what runs finish."""
@@ -83,22 +85,25 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, api_k
         report("ready")
         await stop.wait()
         report("draining")
-        await drain(app, listener, server, recipe.engine.drain_s)
+        await drain(app, listener, server, links, recipe.engine.drain_s)
         for task in tasks:
             task.cancel()
     links.close()
 
 
-async def drain(app: App, listener: asyncio.Server, server: Server, timeout_s: float) -> None:
-    """Refuse what is new, let what runs finish for that long, then close every connection."""
+async def drain(app: App, listener: asyncio.Server, server: Server, links: Links, timeout_s: float) -> None:
+    """Refuse what is new, let what runs finish for that long, end the rest with an error, then close every connection."""
     app.draining = True
     running = [item.task for item in server.connections if item.task]
     if running:
-        await asyncio.wait(running, timeout=timeout_s)
+        _, late = await asyncio.wait(running, timeout=timeout_s)
+        if late:
+            links.abort("the deployment is stopping")
+            await asyncio.wait(late, timeout=FLUSH_S)
     listener.close()
     for connection in list(server.connections):
         connection.close()
-    await asyncio.sleep(0)
+    await server.wait_closed(FLUSH_S)
 
 
 class Readiness:
@@ -127,7 +132,7 @@ def note(links: Links, event: LoadEvent) -> None:
     """Keep what a worker reported for the router."""
     link = links.by_member(event.member)
     if link is not None and link.card.instance == event.instance:
-        link.waiting, link.kv_usage = event.waiting, event.kv_usage
+        link.report(event.waiting)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import msgspec
 
 from workers.engine.render import chunk
-from workers.frontend.errors import ApiError, error_body
+from workers.frontend.errors import ApiError
 from workers.frontend.exchange import Answered, Pool, Question, answer
 from workers.frontend.http import Connection, Request
 from workers.frontend.metrics import Metrics
@@ -56,17 +56,20 @@ class App:
             ("GET", "/v1/models"): self._models,
             ("GET", "/health"): self._health,
             ("GET", "/live"): self._live,
+            ("HEAD", "/live"): self._live,
+            ("HEAD", "/health"): self._health,
             ("GET", "/metrics"): self._metrics_page,
         }
-        self._methods = {path: method for method, path in self._routes}
+        self._methods = {path: method for method, path in reversed(self._routes)}
 
     async def __call__(self, request: Request, connection: Connection) -> None:
         """Answer one request."""
         path = request.path
-        status = 200
+        status = 500
         self._metrics.active.inc()
         try:
             await self._route(request)(request, connection)
+            status = connection.status
         except ApiError as error:
             status = error.status
             connection.respond(status, error.body(), error.headers())
@@ -134,7 +137,10 @@ class App:
             raise ApiError(503, self._reason(), retry_after_s=1)
 
     async def _generate(self, generation: Generation, request: Request, connection: Connection) -> None:
-        generation.limit(self._served.max_model_len())
+        context = self._served.max_model_len()
+        if not context:
+            raise ApiError(503, self._reason(), retry_after_s=1)
+        generation.limit(context)
         request_id = request.headers.get(REQUEST_ID_HEADER) or secrets.token_hex(16)
         header = b"x-request-id: %b\r\n" % request_id.encode("latin-1", "replace")
         envelope = generation.envelope(self._served.name)
@@ -146,7 +152,8 @@ class App:
         except ApiError as error:
             if not isinstance(answers, Streamed) or not answers.begun:
                 raise
-            # After the first byte an error is an event that ends the stream.
+            # After the first byte an error is an event that ends the stream; its status is for the metrics.
+            connection.status = error.status
             answers.write(framed(b"data: " + error.body() + b"\n\n" + DONE, chunked))
             connection.end_events()
             return
@@ -309,6 +316,3 @@ class Collected:
 def framed(payload: bytes, chunked: bool) -> bytes:
     """The payload as a chunk where the client's HTTP version knows chunks."""
     return chunk(payload) if chunked else payload
-
-
-__all__ = ["App", "Served", "error_body"]

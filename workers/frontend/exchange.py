@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from launch.recipe import Kind
 from workers.frontend.errors import ApiError
-from workers.frontend.links import Link, Links
+from workers.frontend.links import LOST, Link, Links
 from workers.frontend.router import Mode
 from workers.runtime import wire
 
@@ -133,22 +133,36 @@ class Relay:
             self.last.set_result(last)
 
 
+class Releaser:
+    """The sink of a cancelled prefill: a result that was already on its way frees its blocks."""
+
+    def __init__(self, pool: Pool, question: Question) -> None:
+        self._pool = pool
+        self._question = question
+
+    def feed(self, ids: bytes, data: bytes) -> None:
+        """A prefill has no deltas."""
+
+    def end(self, last: wire.End | wire.Prefilled | wire.Failed) -> None:
+        """The last word: a result, or that there is none."""
+        if isinstance(last, wire.Prefilled):
+            _release(self._pool, self._question, last.transfer)
+
+
 async def _attempt(pool: Pool, question: Question, relay: Relay, avoid: set[str]) -> wire.End:
     if not pool.disaggregated:
         link = pool.pick(Kind.AGGREGATED, avoid)
         return await _run(link, question, relay, wire.Leg.WHOLE, wire.End)
     prefilled = await _prefill(pool, question, avoid)
-    expires = time.monotonic() + prefilled.lifetime_s
-    used = False
     try:
         link = pool.pick(Kind.DECODE, avoid)
-        if time.monotonic() > expires:
-            raise LegLostError(wire.Failed(0, 503, "unavailable", "the prefill expired", True), "")
-        used = True
-        last = await _run(link, question, relay, wire.Leg.DECODE, wire.End, prefilled.transfer)
-    finally:
-        if not used:
-            _release(pool, question, prefilled.transfer)
+        if time.time() > prefilled.expires_at:
+            raise LegLostError(wire.Failed(0, 503, "the prefill expired, or the nodes' clocks differ", True), "")
+    except (ApiError, LegLostError):
+        _release(pool, question, prefilled.transfer)
+        raise
+    # From here on the transfer belongs to the decode worker, which uses it or releases it.
+    last = await _run(link, question, relay, wire.Leg.DECODE, wire.End, prefilled)
     # The decode side's own count is unreliable after a pull (vLLM 0.32); the prefill side knows.
     last.cached_tokens = prefilled.cached_tokens
     return last
@@ -157,11 +171,18 @@ async def _attempt(pool: Pool, question: Question, relay: Relay, avoid: set[str]
 async def _prefill(pool: Pool, question: Question, avoid: set[str]) -> wire.Prefilled:
     """The prefill leg. When the client leaves during it, its result is released as soon as it is there."""
     link = pool.pick(Kind.PREFILL, avoid)
-    return await _run(link, question, Relay(lambda data: None), wire.Leg.PREFILL, wire.Prefilled)
+    unwanted = Releaser(pool, question)
+    return await _run(link, question, Relay(lambda data: None), wire.Leg.PREFILL, wire.Prefilled, unwanted=unwanted)
 
 
 async def _run(
-    link: Link, question: Question, relay: Relay, leg: wire.Leg, expected: type[L], transfer: bytes = b""
+    link: Link,
+    question: Question,
+    relay: Relay,
+    leg: wire.Leg,
+    expected: type[L],
+    prefilled: wire.Prefilled | None = None,
+    unwanted: Releaser | None = None,
 ) -> L:
     def build(stream: int) -> wire.Generate:
         return wire.Generate(
@@ -172,15 +193,18 @@ async def _run(
             produced=b"",
             sampling=question.sampling,
             render=None if leg is wire.Leg.PREFILL else question.render,
-            transfer=transfer,
+            transfer=prefilled.transfer if prefilled else b"",
+            expires_at=prefilled.expires_at if prefilled else 0.0,
             priority=question.priority,
         )
 
     number = link.open(build, relay)
+    if number is None:
+        raise LegLostError(LOST, link.card.instance)
     try:
         last = await relay.last
     finally:
-        link.cancel(number)  # nothing to cancel when the stream has ended
+        link.cancel(number, unwanted)  # does nothing when the stream has ended
     if isinstance(last, expected):
         return last
     assert isinstance(last, wire.Failed)

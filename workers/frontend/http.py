@@ -7,6 +7,7 @@ client goes away. Streaming answers are written straight to the transport: per t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -50,6 +51,14 @@ class Server:
     error_body: ErrorBody
     max_body_bytes: int
     connections: set[Connection] = field(default_factory=set)
+    one_closed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def wait_closed(self, timeout_s: float) -> None:
+        """Give slow readers that long to take the last bytes of connections that are closing."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self.connections:
+                    await self.one_closed.wait()
 
     def protocol(self) -> Connection:
         """A protocol for a new connection."""
@@ -66,6 +75,8 @@ class Connection(asyncio.Protocol):
         self._waiting: deque[Request] = deque()
         self._task: asyncio.Task[None] | None = None
         self._current: Request | None = None
+        self.status = 0
+        """Status of the current answer; 0 before it has begun."""
         self._paused_reading = False
         self._reset()
 
@@ -80,6 +91,8 @@ class Connection(asyncio.Protocol):
         """asyncio.Protocol; nobody reads the answer any more."""
         self._transport = None
         self._server.connections.discard(self)
+        self._server.one_closed.set()
+        self._server.one_closed.clear()  # whoever waits is already woken; the next wait is for the next one
         if self._task:
             self._task.cancel()
 
@@ -90,7 +103,9 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self._refuse(400, "protocol upgrades are not supported")
+            # The request itself is complete and is answered as HTTP/1.1, which RFC 9110 §7.8 allows; what follows it, in
+            # whatever protocol, is not read.
+            self._parser = httptools.HttpRequestParser(self)
         except httptools.HttpParserError as error:
             self._refuse(400, f"this is not HTTP/1.1: {error}")
 
@@ -115,7 +130,7 @@ class Connection(asyncio.Protocol):
         length = self._headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._server.max_body_bytes:
             self._too_large()
-        elif self._headers.get("expect", "").lower() == "100-continue":
+        elif self._headers.get("expect", "").lower() == "100-continue" and self._task is None:
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
@@ -151,15 +166,17 @@ class Connection(asyncio.Protocol):
         self, status: int, body: bytes, headers: bytes = b"", content_type: bytes = b"application/json"
     ) -> None:
         """Answer the current request whole; `headers` are further header lines, each ending in CRLF."""
+        self.status = status
         close = b"" if self._current and self._current.keep_alive else b"Connection: close\r\n"
         self.write(
             b"%bContent-Type: %b\r\nContent-Length: %d\r\n%b%b\r\n%b"
-            % (STATUS_LINES[status], content_type, len(body), close, headers, body)
+            % (STATUS_LINES[status], content_type, len(body), close, headers, b"" if self._is_head else body)
         )
 
     def begin_events(self, headers: bytes = b"") -> None:
         """Begin a stream of server-sent events; what follows must be chunked as the request's `chunked` says."""
         assert self._current
+        self.status = 200
         framing = b"Transfer-Encoding: chunked\r\n" if self._current.chunked else b"Connection: close\r\n"
         self.write(
             b"%bContent-Type: text/event-stream; charset=utf-8\r\nCache-Control: no-cache\r\n%b%b\r\n"
@@ -189,6 +206,10 @@ class Connection(asyncio.Protocol):
         """The task that answers the current request, if there is one."""
         return self._task
 
+    @property
+    def _is_head(self) -> bool:
+        return self._current is not None and self._current.method == "HEAD"
+
     # --- inside -------------------------------------------------------------------------------------------------
 
     def _reset(self) -> None:
@@ -208,13 +229,18 @@ class Connection(asyncio.Protocol):
                 self._paused_reading = False
 
     async def _serve(self, request: Request) -> None:
+        self.status = 0
         try:
             await self._server.handler(request, self)
         except Exception:  # the last line of defence: a bug ends this connection, not the frontend
             log.exception("%s %s failed", request.method, request.path)
-            self.close()
+            request.keep_alive = False
+            if not self.status:
+                self.respond(500, self._server.error_body(500, "internal error"))
         finally:
             self._task = None
+        if self._refused:
+            request.keep_alive = False
         if not request.keep_alive:
             self.close()
         self._next()
@@ -233,7 +259,8 @@ class Connection(asyncio.Protocol):
             return
         self._refused = True
         self._body.clear()
-        if self._task is None:
-            self._current = None
-            self.respond(status, self._server.error_body(status, message))
+        if self._task is not None:
+            return  # the running answer is finished first; the connection closes after it
+        self._current = None
+        self.respond(status, self._server.error_body(status, message))
         self.close()

@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 
 PING_S = 1.0
 CHECK_S = 0.25
-LOST = wire.Failed(0, 503, "unavailable", "the worker was lost", True)
+LOAD_VALID_S = 3.0
+LOST = wire.Failed(0, 503, "the worker was lost", True)
 
 
 class Sink(Protocol):
@@ -54,8 +55,8 @@ class Link:
     ) -> None:
         self.card = card
         self.listed = True
-        self.waiting = 0
-        self.kv_usage = 0.0
+        self._waiting = (0, 0.0)
+        self._session = 0
         self._streams: dict[int, Sink] = {}
         self._numbers = itertools.count(1)
         self._stall_timeout_s = stall_timeout_s
@@ -82,17 +83,33 @@ class Link:
         """Streams of this frontend that the worker is serving."""
         return len(self._streams)
 
-    def open(self, build: Callable[[int], wire.Generate], sink: Sink) -> int:
-        """Send a request for a new stream, whose number `build` is given; what comes back goes to the sink."""
+    @property
+    def waiting(self) -> int:
+        """Requests that the engine has queued, of all frontends; 0 when no report came lately."""
+        number, reported = self._waiting
+        return number if time.monotonic() - reported < LOAD_VALID_S else 0
+
+    def report(self, waiting: int) -> None:
+        """Keep what the worker reported of its load."""
+        self._waiting = (waiting, time.monotonic())
+
+    def open(self, build: Callable[[int], wire.Generate], sink: Sink) -> int | None:
+        """Send a request for a new stream, whose number `build` is given; what comes back goes to the sink.
+
+        Returns the number, or None when the request could not be sent.
+        """
         number = next(self._numbers)
+        message = wire.encode(build(number))
+        if not self._socket.send([message]):
+            return None
         self._streams[number] = sink
-        if not self._socket.send([wire.encode(build(number))]):
-            self._end(number, LOST)
         return number
 
-    def cancel(self, number: int) -> None:
-        """Nobody waits for a stream any more; does nothing if it has ended."""
+    def cancel(self, number: int, last: Sink | None = None) -> None:
+        """Nobody waits for a stream any more; does nothing if it has ended. `last` still gets its last word."""
         if self._streams.pop(number, None):
+            if last is not None:
+                self._streams[number] = last
             self._socket.send([wire.encode(wire.Cancel(number))])
 
     def release(self, request_id: str, transfer: bytes) -> None:
@@ -103,12 +120,17 @@ class Link:
         """Tell the worker that this frontend lives."""
         self._socket.send([wire.encode(wire.Ping())])
 
-    def lose(self, why: str) -> None:
-        """Give up all streams: the worker is gone or is not heard."""
+    def lose(self, why: str, failed: wire.Failed = LOST) -> None:
+        """Give up all streams: the worker is gone or is not heard.
+
+        They are cancelled there too: a worker that was only frozen would go on with them for nobody, and a decode among
+        them would pull blocks whose lease has ended.
+        """
         if self._streams:
             log.warning("%s %s with %d requests running", self.card.member, why, len(self._streams))
         for number in list(self._streams):
-            self._end(number, LOST)
+            self._socket.send([wire.encode(wire.Cancel(number))])
+            self._end(number, failed)
 
     def close(self) -> None:
         """End the link and its streams."""
@@ -150,12 +172,10 @@ class Link:
         except msgspec.DecodeError:
             log.warning("dropped a message of %d bytes from %s that is none of ours", len(parts[-1]), self.card.member)
             return
-        self._heard = time.monotonic()
         if isinstance(message, wire.Beat):
-            if message.serving != self._serving:
-                self._serving = message.serving
-                self._on_change()
+            self._beat(message)
             return
+        self._heard = time.monotonic()
         streams = self._streams
         for number, ids, data in message.deltas:
             sink = streams.get(number)
@@ -163,6 +183,21 @@ class Link:
                 sink.feed(ids, data)
         for last in (*message.ends, *message.prefilled, *message.failed):
             self._end(last.stream, last)
+
+    def _beat(self, beat: wire.Beat) -> None:
+        serving = beat.serving
+        if beat.instance != self.card.instance:
+            # A restarted worker took the port: it has a card, and gets a link, of its own.
+            self.lose("was replaced")
+            self._heard, serving = 0.0, False
+        else:
+            self._heard = time.monotonic()
+            if beat.session != self._session and self._session:
+                self.lose("has forgotten this frontend")
+            self._session = beat.session
+        if serving != self._serving:
+            self._serving = serving
+            self._on_change()
 
     def _end(self, number: int, last: wire.End | wire.Prefilled | wire.Failed) -> None:
         sink = self._streams.pop(number, None)
@@ -213,6 +248,11 @@ class Links:
                         del self._links[instance]
                         self._on_change()
             await asyncio.sleep(CHECK_S)
+
+    def abort(self, why: str) -> None:
+        """End every stream with an error that is not tried again."""
+        for link in self._links.values():
+            link.lose(why, wire.Failed(0, 503, why, False))
 
     def close(self) -> None:
         """End all links."""

@@ -6,7 +6,7 @@ ignored: an answer without the asked-for property is a wrong answer.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -34,6 +34,8 @@ SAMPLING = (
     "bad_words",
 )
 MAX_CHOICES = 64
+# What travels in a message; how much of it a parameter may use is the engine's to check.
+Word = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
@@ -52,21 +54,21 @@ class Common(msgspec.Struct, kw_only=True):
     n: int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Word | None = None
     min_p: float | None = None
-    seed: int | None = None
+    seed: Word | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    min_tokens: int | None = None
+    stop_token_ids: list[Word] | None = None
+    min_tokens: Word | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     bad_words: list[str] | None = None
-    priority: int = 0
+    priority: Word = 0
     logit_bias: dict[str, float] | None = None
 
     def sampling(self) -> dict[str, Any]:
@@ -114,9 +116,9 @@ class ChatRequest(Common, kw_only=True):
         """
         if self.response_format == {"type": "text"}:
             self.response_format = None
-        self.refuse_unserved(("logprobs", "tools", "response_format", "logit_bias"))
         if self.max_completion_tokens is not None:
             self.max_tokens = self.max_completion_tokens
+        self.refuse_unserved(("logprobs", "tools", "response_format", "logit_bias"))
 
 
 class CompletionRequest(Common, kw_only=True):

@@ -27,6 +27,8 @@ class Text:
 
     def __init__(self, folder: Path) -> None:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.no_truncation()  # as transformers does; a tokenizer.json may bring limits from its training
+        self._tokenizer.no_padding()
         config = json.loads((folder / "tokenizer_config.json").read_text())
         self._special = {name: _token(config[name]) for name in SPECIAL_TOKENS if config.get(name)}
         source = _template_source(folder, config)

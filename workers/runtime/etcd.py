@@ -84,10 +84,6 @@ class Etcd:
         if int(answer.get("result", {}).get("TTL", 0)) <= 0:
             raise LeaseLostError(f"lease {lease:x} is gone")
 
-    async def revoke(self, lease: int) -> None:
-        """End a lease and delete its keys."""
-        await self._call("lease/revoke", {"ID": str(lease)})
-
     async def watch(self, prefix: str, revision: int) -> AsyncIterator[list[Change]]:
         """Changes below a prefix from a revision on; ends only with an EtcdError.
 

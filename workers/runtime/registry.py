@@ -98,8 +98,9 @@ async def _keep(etcd: Etcd, name: str, value: bytes, ttl_s: int, stored: asyncio
     while True:
         try:
             if not lease:
-                lease = await etcd.grant(ttl_s)
-                await etcd.put(name, value, lease)
+                granted = await etcd.grant(ttl_s)
+                await etcd.put(name, value, granted)
+                lease = granted  # only now: a lease without the card would be kept alive for nothing
                 stored.set()
             await asyncio.sleep(ttl_s / 3)
             await etcd.keep_alive(lease)

@@ -53,7 +53,8 @@ class Generate(msgspec.Struct, array_like=True, tag="g"):
     """Ask a worker for a leg of a request.
 
     `produced` are ids that another worker already answered with: they belong to the prompt of the engine, but neither to
-    the prompt of the client nor to what is rendered again. `transfer` is what the prefill worker returned, unread.
+    the prompt of the client nor to what is rendered again. `transfer` is what the prefill worker returned, unread; it is
+    not used after `expires_at`, in seconds since the epoch by the prefill worker's clock.
     """
 
     stream: int
@@ -64,6 +65,7 @@ class Generate(msgspec.Struct, array_like=True, tag="g"):
     sampling: dict[str, Any]
     render: Render | None
     transfer: bytes = b""
+    expires_at: float = 0.0
     priority: int = 0
 
 
@@ -97,11 +99,11 @@ class End(msgspec.Struct, array_like=True):
 
 
 class Prefilled(msgspec.Struct, array_like=True):
-    """The answer to a prefill leg: single use, and dead after `lifetime_s` seconds."""
+    """The answer to a prefill leg: single use, and dead after `expires_at` (seconds since the epoch, worker's clock)."""
 
     stream: int
     transfer: bytes
-    lifetime_s: float
+    expires_at: float
     prompt_tokens: int
     cached_tokens: int
 
@@ -111,7 +113,6 @@ class Failed(msgspec.Struct, array_like=True):
 
     stream: int
     status: int
-    kind: str
     message: str
     retryable: bool
 
@@ -126,9 +127,13 @@ class Step(msgspec.Struct, array_like=True, tag="s"):
 
 
 class Beat(msgspec.Struct, array_like=True, tag="b"):
-    """A worker lives. `progress` grows whenever its engine did something; `serving` is False once it drains."""
+    """A worker lives. `progress` grows whenever its engine did something; `serving` is False once it drains.
+
+    `session` is new whenever the worker has forgotten the frontend, and its streams with it.
+    """
 
     instance: str
+    session: int
     serving: bool
     progress: int
 
