@@ -38,7 +38,6 @@ then       python -m launch.status NAME, launch.logs NAME [member], launch.stop 
 """
 QUEUE_POLL_S = 5.0
 STOP_WAIT_S = 60.0
-JOIN_S = 10.0
 
 
 def main() -> int:
@@ -79,10 +78,7 @@ def launch(asked: Launch, console: Console) -> None:
         if asked.launcher is Launcher.DEBUG:
             _run_here(job, run, console, interrupted)
         elif asked.wait is not Wait.NO:
-            try:
-                attend(asked, run, job, console, interrupted)
-            finally:
-                _join(asked.launcher, run, job)
+            attend(asked, run, job, console, interrupted)
 
 
 def submit(asked: Launch, where: Plan, run: RunDirectory) -> submitit.Job[None]:
@@ -121,7 +117,7 @@ def attend(
                 console.print("Ctrl-C stops the deployment", highlight=False)
             if interrupted.is_set():
                 break
-            if view.ended:
+            if view.ended and watch.where_alive(run) is None:
                 return
     _stop(asked, run, console)
 
@@ -171,15 +167,6 @@ def _views(run: RunDirectory) -> Iterator[tuple[View, str]]:
                 _raise_ended(run, watch.look(run), f"Slurm says {state or 'nothing'} of job {view.job.id}")
         yield view, note
         time.sleep(watch.POLL_S)
-
-
-def _join(launcher: Launcher, run: RunDirectory, job: submitit.Job[None]) -> None:
-    """The agents say that they have ended a moment before their processes and submitit's controller are gone."""
-    deadline = time.monotonic() + JOIN_S
-    while (
-        launcher is Launcher.LOCAL and watch.where_alive(run) is None and not job.done() and time.monotonic() < deadline
-    ):
-        time.sleep(0.02)
 
 
 def _raise_if_failed(run: RunDirectory, job: submitit.Job[None], view: View, console: Console) -> None:

@@ -92,10 +92,8 @@ def where_alive(run: RunDirectory) -> str | None:
         if state is None:  # Slurm does not answer from here: believe what the ranks wrote
             return f"Slurm job {job.id}" if not ended and recently_heard(ranks) else None
         return None if state in ENDED_SLURM_STATES else f"Slurm job {job.id}, {state.lower()}"
-    if ended:
-        return None
     if job.host != socket.gethostname():
-        return f"on {job.host}" if recently_heard(ranks) else None
+        return f"on {job.host}" if not ended and recently_heard(ranks) else None
     alive = [str(record.pid) for record in ranks.values() if born(record.pid) == record.born]
     if not alive and job.launcher is Launcher.LOCAL and is_controller(job.id, run):
         alive = [job.id]
