@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,3 +72,31 @@ def test_the_cache_really_moved(deployment: Deployment, reference: Reference) ->
         assert deployment.metric(name, "vllm:nixl_num_failed_transfers_total") == 0
     for kind, added in {Kind.PREFILL: len(fresh), Kind.DECODE: len(fresh), Kind.AGGREGATED: 0}.items():
         assert deployment.metric(frontend, f'baton_frontend_legs_total{{kind="{kind}"}}') == legs[kind] + added
+
+
+def test_a_client_that_leaves_is_cancelled_at_the_engine(deployment: Deployment) -> None:
+    """A second later no engine computes a token any more."""
+    decodes = [name for name in deployment.pids() if name.startswith(Kind.DECODE)]
+
+    def produced() -> float:
+        return sum(deployment.metric(name, "vllm:generation_tokens_total") for name in decodes)
+
+    stream = deployment.client.completions.create(
+        model="tiny",
+        prompt="go on and on",
+        max_tokens=3000,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    for _ in range(5):
+        next(stream)
+    running = sum(deployment.metric(name, "baton_worker_streams") for name in decodes)
+    stream.close()
+    time.sleep(1.0)
+    after = produced()
+    time.sleep(0.5)
+
+    assert running == 1
+    assert sum(deployment.metric(name, "baton_worker_streams") for name in decodes) == 0
+    assert produced() == after

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from launch.recipe import Kind
@@ -89,12 +89,14 @@ async def answer(pool: Pool, question: Question, write: Callable[[bytes], None])
         ApiError: The request was refused, or no attempt succeeded.
     """
     avoid: set[str] = set()
-    for left in reversed(range(ATTEMPTS)):
+    for attempt in range(ATTEMPTS):
         relay = Relay(write)
+        # An engine may still be ending the last attempt under its own id.
+        asked = replace(question, request_id=f"{question.request_id}-{attempt}") if attempt else question
         try:
-            last = await _attempt(pool, question, relay, avoid)
+            last = await _attempt(pool, asked, relay, avoid)
         except LegLostError as error:
-            if left and not relay.written:
+            if attempt < ATTEMPTS - 1 and not relay.written:
                 avoid.add(error.instance)
                 continue
             raise ApiError(error.failed.status, error.failed.message, retry_after_s=1) from error

@@ -1,0 +1,298 @@
+"""Frontend and workers over real sockets in one process, with echo engines: who answers, and what happens when one goes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+from prometheus_client import CollectorRegistry
+from tokenizers import Tokenizer
+
+from launch.recipe import Kind, RouterMode
+from slurm import ports
+from workers.engine.echo import EchoEngine
+from workers.engine.server import RequestServer
+from workers.frontend.errors import ApiError
+from workers.frontend.exchange import Pool, Question, answer
+from workers.frontend.links import Links
+from workers.frontend.router import mode
+from workers.runtime import wire
+from workers.runtime.registry import Card
+
+KEYS = tuple(key.decode() for key in zmq.curve_keypair())
+RENDER = wire.Render(wire.Shape.COMPLETION, True, False, "{", "}", 0)
+
+
+class Worker:
+    """A request server with an echo engine at a port of its own."""
+
+    def __init__(
+        self, context: zmq.Context[Any], kind: Kind, port: int, name: str, model: Path, interval_s: float
+    ) -> None:
+        self.engine = EchoEngine(Tokenizer.from_file(str(model / "tokenizer.json")), interval_s)
+        self.server = RequestServer(self.engine, name, CollectorRegistry())
+        self.card = Card(
+            member=f"{kind}-{port}",
+            instance=name,
+            kind=kind,
+            address=f"tcp://127.0.0.1:{port}",
+            metrics="",
+            model="m",
+            max_model_len=4096,
+            block_size=32,
+            version="echo",
+        )
+        self.server.bind(context, self.card.address, (KEYS[0], KEYS[1]))
+        self._beat = asyncio.create_task(self.server.beat())
+
+    def die(self) -> None:
+        """As when the process is killed: the connection breaks, nothing more is said."""
+        self._beat.cancel()
+        for task in self.server._tasks.values():
+            task.cancel()
+        assert self.server._socket
+        self.server._socket.close()
+
+
+class Plane:
+    """Workers, and a frontend's view of them."""
+
+    def __init__(self, base: int, model: Path, stall_timeout_s: float) -> None:
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._base = base
+        self._model = model
+        self.workers: list[Worker] = []
+        self.links = Links(KEYS[0], stall_timeout_s, lambda: None)
+        self.legs: list[Kind] = []
+        self.pool = Pool(
+            self.links,
+            {kind: mode(RouterMode.ROUND_ROBIN) for kind in Kind},
+            disaggregated=False,
+            on_leg=self.legs.append,
+        )
+
+    def add(self, kind: Kind = Kind.AGGREGATED, interval_s: float = 0.0, port: int | None = None) -> Worker:
+        """Start a worker and tell the frontend."""
+        number = len(self.workers)
+        worker = Worker(self._context, kind, port or self._base + number, f"w{number}", self._model, interval_s)
+        self.workers.append(worker)
+        self.links.update({item.card.member: item.card for item in self.workers})
+        return worker
+
+    async def ready(self, count: int) -> None:
+        """Wait until that many workers are usable."""
+        async with asyncio.timeout(10):
+            while sum(link.usable for link in self.links) != count:
+                await asyncio.sleep(0.01)
+
+    def close(self) -> None:
+        """End everything."""
+        self.links.close()
+        for worker in self.workers:
+            with contextlib.suppress(AssertionError, zmq.ZMQError):
+                worker.die()
+        self._context.destroy(linger=0)
+
+
+@pytest.fixture
+async def plane(tiny_model: Path) -> AsyncIterator[Plane]:
+    """A frontend without workers; they are added."""
+    with ports.claim("request-plane", os.getpid()) as block:
+        base = block.base
+    running = Plane(base, tiny_model, stall_timeout_s=2.0)
+    keeper = asyncio.create_task(running.links.keep())
+    yield running
+    keeper.cancel()
+    running.close()
+
+
+def question(tokens: int = 8, max_tokens: int = 16) -> Question:
+    """A prompt and what is wanted of it."""
+    prompt = wire.pack(range(20, 20 + tokens))
+    return Question(request_id="r", prompt=prompt, sampling={"max_tokens": max_tokens}, render=RENDER, priority=0)
+
+
+async def test_an_answer_streams_and_counts(plane: Plane) -> None:
+    """Each token once; the rest of the bytes with the end."""
+    plane.add()
+    await plane.ready(1)
+    written: list[bytes] = []
+    done = await answer(plane.pool, question(), written.append)
+
+    assert (done.prompt_tokens, done.completion_tokens) == (8, 16)
+    assert (b"".join(written) + done.data).count(b"data: ") == 16
+
+
+async def test_a_worker_lost_before_the_first_byte_costs_another_attempt(plane: Plane) -> None:
+    """On the other worker; the client sees nothing of it."""
+    first = plane.add(interval_s=60)
+    plane.add()
+    await plane.ready(2)
+    task = asyncio.create_task(answer(plane.pool, question(), lambda data: None))
+    while not first.server.streams:
+        await asyncio.sleep(0.01)
+    first.die()
+    done = await asyncio.wait_for(task, 5)
+
+    assert done.completion_tokens == 16
+    assert plane.legs == [Kind.AGGREGATED] * 2
+
+
+async def test_a_worker_lost_in_mid_stream_is_an_error_at_once(plane: Plane) -> None:
+    """503, within a second and not after the stall timeout: the connection says it."""
+    worker = plane.add(interval_s=0.02)
+    await plane.ready(1)
+    written: list[bytes] = []
+    task = asyncio.create_task(answer(plane.pool, question(max_tokens=1000), written.append))
+    while not written:
+        await asyncio.sleep(0.01)
+    worker.die()
+    lost = time.monotonic()
+    with pytest.raises(ApiError, match="the worker was lost") as error:
+        await task
+
+    assert error.value.status == 503
+    assert time.monotonic() - lost < 1.0
+
+
+async def test_a_silent_worker_leaves_the_routing_and_comes_back(plane: Plane) -> None:
+    """After the stall timeout; its streams are given up, and cancelled at the worker."""
+    worker = plane.add(interval_s=60)
+    await plane.ready(1)
+    task = asyncio.create_task(answer(plane.pool, question(), lambda data: None))
+    while not worker.server.streams:
+        await asyncio.sleep(0.01)
+    announce = worker.server.announce
+    worker.server.announce = lambda: None  # type: ignore[method-assign]  # stands for SIGSTOP, which would stop us too
+    await plane.ready(0)
+    with pytest.raises(ApiError, match="lost|no aggregated worker is ready"):
+        await task
+    worker.server.announce = announce  # type: ignore[method-assign]
+    await plane.ready(1)
+
+    async with asyncio.timeout(5):
+        while worker.server.streams:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_cancelled_request_ends_at_the_worker(plane: Plane) -> None:
+    """Within a second."""
+    worker = plane.add(interval_s=60)
+    await plane.ready(1)
+    task = asyncio.create_task(answer(plane.pool, question(), lambda data: None))
+    while not worker.server.streams:
+        await asyncio.sleep(0.01)
+    task.cancel()
+    async with asyncio.timeout(1):
+        while worker.server.streams:
+            await asyncio.sleep(0.01)
+
+    assert next(iter(plane.links)).in_flight == 0
+
+
+async def test_a_draining_worker_gets_nothing_new_and_finishes_what_runs(plane: Plane) -> None:
+    """A request that crosses its word is tried elsewhere."""
+    leaving = plane.add(interval_s=0.02)
+    plane.add()
+    await plane.ready(2)
+    running = asyncio.create_task(answer(plane.pool, question(max_tokens=20), lambda data: None))
+    while not leaving.server.streams:
+        await asyncio.sleep(0.01)
+    drained = asyncio.create_task(leaving.server.drain(10))
+    others = [await answer(plane.pool, question(), lambda data: None) for _ in range(4)]
+    await drained
+
+    assert (await running).completion_tokens == 20
+    assert [item.completion_tokens for item in others] == [16] * 4
+
+
+async def test_a_restarted_worker_has_one_link(plane: Plane) -> None:
+    """The old link meets the new process at the old port, and stays out."""
+    old = plane.add()
+    await plane.ready(1)
+    old.die()
+    plane.workers.clear()
+    fresh = Worker(plane._context, Kind.AGGREGATED, plane._base, "again", plane._model, 0.0)
+    plane.workers.append(fresh)
+    plane.links.update({fresh.card.member: fresh.card})
+    await plane.ready(1)
+    await asyncio.sleep(1.0)
+
+    assert [link.card.instance for link in plane.links if link.usable] == ["again"]
+    async with asyncio.timeout(10):
+        while len(list(plane.links)) > 1:
+            await asyncio.sleep(0.05)
+
+
+async def test_a_disaggregated_answer_takes_two_legs(plane: Plane) -> None:
+    """Prefill, then decode with what it returned."""
+    plane.pool.disaggregated = True
+    plane.add(Kind.PREFILL)
+    plane.add(Kind.DECODE)
+    await plane.ready(2)
+    done = await answer(plane.pool, question(tokens=100), lambda data: None)
+
+    assert plane.legs == [Kind.PREFILL, Kind.DECODE]
+    assert done.prompt_tokens == 100
+
+
+async def test_a_decode_refuses_a_prefill_past_its_date(plane: Plane) -> None:
+    """It would bring another prompt's tokens; refused before the engine sees it, for another attempt."""
+    plane.add(Kind.DECODE)
+    await plane.ready(1)
+    link = next(iter(plane.links))
+    last: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    class Sink:
+        def feed(self, ids: bytes, data: bytes) -> None:
+            raise AssertionError("nothing may be produced")
+
+        def end(self, word: Any) -> None:
+            last.set_result(word)
+
+    engine = plane.workers[0].engine
+    parameters = engine._transfer(wire_ask(40))
+    late = time.time() - 1
+    link.open(
+        lambda stream: wire.Generate(
+            stream, wire.Leg.DECODE, "r", wire.pack(range(40)), b"", {}, RENDER, _packed(parameters), late
+        ),
+        Sink(),
+    )
+    word = await asyncio.wait_for(last, 5)
+
+    assert isinstance(word, wire.Failed)
+    assert word.retryable
+    assert "expired" in word.message
+
+
+async def test_noise_is_dropped_and_the_worker_lives_on(plane: Plane) -> None:
+    """Bytes that are no message of ours end nothing."""
+    plane.add()
+    await plane.ready(1)
+    link = next(iter(plane.links))
+    for noise in (b"", b"\xc1", b"\x93\x01", os.urandom(200)):
+        link._socket.send([noise])
+    done = await answer(plane.pool, question(), lambda data: None)
+
+    assert done.completion_tokens == 16
+
+
+def wire_ask(tokens: int) -> Any:
+    """A prefill as the engine is asked for it."""
+    from workers.engine.base import Ask
+
+    return Ask(request_id="r", prompt=list(range(tokens)), sampling={}, prefill_only=True)
+
+
+def _packed(parameters: dict[str, Any]) -> bytes:
+    from workers.engine import transfer
+
+    return transfer.pack(parameters)
