@@ -51,7 +51,7 @@ def temporary_files() -> set[str]:
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, tiny_model: Path) -> None:
     """No process, socket, temp file or shared memory of the engines, the servers or the agents; exit code 0."""
     before = temporary_files()
-    with deployed(tmp_path, "+recipe=tiny_agg", f"model.path=tiny:{tiny_model}", name="brief") as running:
+    with deployed(tmp_path, "+recipe=tiny_disagg", f"model.path=tiny:{tiny_model}", name="brief") as running:
         complete(running.client, "warm up", True)
         assert temporary_files() > before  # else the last line below would prove nothing
         ports = [int(record.port_base) for record in running.run.ranks(1).values()]
@@ -84,6 +84,34 @@ def test_a_killed_agent_leaves_no_engine_behind(tmp_path: Path, tiny_model: Path
 
     assert running.launcher.returncode == 1
     assert "ended before its time" in running.output
+
+
+@pytest.mark.slurm
+def test_a_dry_run_prints_what_is_then_submitted(tmp_path: Path, cluster: SlurmCluster) -> None:
+    """The batch script to the letter, and it touches nothing: not even the model is made."""
+    shape = (
+        *ECHO,
+        "cluster=slurm_cpu",
+        "cluster.interface=lo",
+        "slurm.partition=main",
+        f"model.path=tiny:{tmp_path / 'new'}",
+    )
+    env = {**os.environ, **cluster.env}
+    argv = command(tmp_path, *shape, name="shown")
+    dry = subprocess.run([*argv, "dry_run=true"], capture_output=True, text=True, check=True, env=env)
+    assert list(tmp_path.iterdir()) == []
+    subprocess.run([*argv, "wait=false"], capture_output=True, text=True, check=True, env=env)
+    submitted = next((tmp_path / "runs" / "shown" / "logs" / "attempt_1").glob("*_submission.sh"))
+    stop = [sys.executable, "-m", "launch.stop", "shown", "--runs-dir", str(tmp_path / "runs")]
+    subprocess.run(stop, capture_output=True, text=True, check=True, env=env, timeout=120)
+
+    assert submitted.read_text().strip() in dry.stdout
+    for said in (
+        "prefill-1 on rank 1",
+        "VLLM_NIXL_SIDE_CHANNEL_PORT=<rank 3 port 19>",
+        "python -m launch +recipe=tiny_2p2d",
+    ):
+        assert said in dry.stdout
 
 
 def test_the_curl_that_is_printed_works_when_pasted(tmp_path: Path, tiny_model: Path) -> None:
