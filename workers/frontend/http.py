@@ -243,6 +243,7 @@ class Connection(asyncio.Protocol):
             request.keep_alive = False
         if not request.keep_alive:
             self.close()
+            return
         self._next()
 
     def _count_head(self, size: int) -> None:
