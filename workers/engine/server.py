@@ -199,7 +199,7 @@ class RequestServer:
             tokens = int(found.get("remote_num_tokens", 0))
             pull = transfer.unpack(message.transfer, tokens, self._engine.sizes.block_size)
             await self._engine.release(message.request_id, pull)
-        except (msgspec.DecodeError, transfer.TransferError, LostError) as error:
+        except (ValueError, RecursionError, transfer.TransferError, LostError) as error:
             log.warning("could not release the blocks of %s: %s", message.request_id, error)
 
     def _step(self, identity: bytes) -> wire.Step:

@@ -51,7 +51,7 @@ def unpack(packed: bytes, prompt_tokens: int, block_size: int) -> dict[str, Any]
     """
     try:
         transfer = msgspec.msgpack.decode(packed, type=dict[str, Any])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise TransferError(f"transfer parameters cannot be read: {error}") from error
     for name, kind in FIELDS.items():
         if not isinstance(transfer.get(name), kind):

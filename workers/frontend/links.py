@@ -181,7 +181,12 @@ class Link:
             sink = streams.get(number)
             if sink is not None:
                 sink.feed(ids, data)
-        for last in (*message.ends, *message.prefilled, *message.failed):
+        words: tuple[wire.End | wire.Prefilled | wire.Failed, ...] = (
+            *message.ends,
+            *message.prefilled,
+            *message.failed,
+        )
+        for last in words:
             self._end(last.stream, last)
 
     def _beat(self, beat: wire.Beat) -> None:

@@ -142,8 +142,32 @@ ToWorker = Generate | Cancel | Release | Ping
 ToFrontend = Step | Beat
 
 encode = msgspec.msgpack.Encoder().encode
-decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
-decode_to_frontend = msgspec.msgpack.Decoder(ToFrontend).decode
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_to_frontend: msgspec.msgpack.Decoder[ToFrontend] = msgspec.msgpack.Decoder(ToFrontend)
+
+
+def decode_to_worker(payload: bytes) -> ToWorker:
+    """A message for a worker.
+
+    Raises:
+        msgspec.DecodeError: It is none.
+    """
+    try:
+        return _to_worker.decode(payload)
+    except (UnicodeDecodeError, RecursionError) as error:  # msgspec lets these through; neither is a DecodeError
+        raise msgspec.DecodeError(str(error)) from error
+
+
+def decode_to_frontend(payload: bytes) -> ToFrontend:
+    """A message for a frontend.
+
+    Raises:
+        msgspec.DecodeError: It is none.
+    """
+    try:
+        return _to_frontend.decode(payload)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from error
 
 
 def pack(ids: Iterable[int]) -> bytes:
