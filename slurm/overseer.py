@@ -65,11 +65,15 @@ class Overseer:
         Raises:
             DeploymentError: A rank did not start in time.
         """
+        troubled = False
         while True:
             try:
                 await self._look()
+                troubled = False
             except OSError as error:
-                log.warning("the run directory cannot be read or written (%s); looking again", error)
+                if not troubled:
+                    log.warning("the run directory cannot be read or written (%s); looking again", error)
+                troubled = True
             settled = self._endpoint and self._endpoint.state is not Phase.STARTING
             await asyncio.sleep(SETTLED_POLL_S if settled else POLL_S)
 

@@ -20,7 +20,7 @@ from slurm import ports
 from workers.engine.echo import EchoEngine
 from workers.engine.server import RequestServer
 from workers.frontend.errors import ApiError
-from workers.frontend.exchange import Pool, Question, answer
+from workers.frontend.exchange import Pool, Question, Releaser, answer
 from workers.frontend.links import Links
 from workers.frontend.router import mode
 from workers.runtime import wire
@@ -51,6 +51,12 @@ class Worker:
         )
         self.server.bind(context, self.card.address, (KEYS[0], KEYS[1]))
         self._beat = asyncio.create_task(self.server.beat())
+
+    async def busy(self) -> None:
+        """Wait until it serves a request."""
+        async with asyncio.timeout(10):
+            while not self.server.streams:
+                await asyncio.sleep(0.01)
 
     def die(self) -> None:
         """As when the process is killed: the connection breaks, nothing more is said."""
@@ -136,8 +142,7 @@ async def test_a_worker_lost_before_the_first_byte_costs_another_attempt(plane: 
     plane.add()
     await plane.ready(2)
     task = asyncio.create_task(answer(plane.pool, question(), lambda data: None))
-    while not first.server.streams:
-        await asyncio.sleep(0.01)
+    await first.busy()
     first.die()
     done = await asyncio.wait_for(task, 5)
 
@@ -167,8 +172,7 @@ async def test_a_silent_worker_leaves_the_routing_and_comes_back(plane: Plane) -
     worker = plane.add(interval_s=60)
     await plane.ready(1)
     task = asyncio.create_task(answer(plane.pool, question(), lambda data: None))
-    while not worker.server.streams:
-        await asyncio.sleep(0.01)
+    await worker.busy()
     announce = worker.server.announce
     worker.server.announce = lambda: None  # type: ignore[method-assign]  # stands for SIGSTOP, which would stop us too
     await plane.ready(0)
@@ -187,8 +191,7 @@ async def test_a_cancelled_request_ends_at_the_worker(plane: Plane) -> None:
     worker = plane.add(interval_s=60)
     await plane.ready(1)
     task = asyncio.create_task(answer(plane.pool, question(), lambda data: None))
-    while not worker.server.streams:
-        await asyncio.sleep(0.01)
+    await worker.busy()
     task.cancel()
     async with asyncio.timeout(1):
         while worker.server.streams:
@@ -197,14 +200,31 @@ async def test_a_cancelled_request_ends_at_the_worker(plane: Plane) -> None:
     assert next(iter(plane.links)).in_flight == 0
 
 
+async def test_a_prefill_cancelled_before_it_began_leaves_no_stream(plane: Plane) -> None:
+    """Request and cancellation arrive together, and the worker's task never runs: the last word comes all the same."""
+    plane.add(Kind.PREFILL)
+    plane.add(Kind.DECODE)
+    await plane.ready(2)
+    link = next(item for item in plane.links if item.card.kind is Kind.PREFILL)
+    unwanted = Releaser(plane.pool, question())
+    for _ in range(20):
+        number = link.open(
+            lambda stream: wire.Generate(stream, wire.Leg.PREFILL, "r", wire.pack(range(40)), b"", {}, None), unwanted
+        )
+        assert number is not None
+        link.cancel(number, unwanted)
+    async with asyncio.timeout(2):
+        while link.in_flight:
+            await asyncio.sleep(0.01)
+
+
 async def test_a_draining_worker_gets_nothing_new_and_finishes_what_runs(plane: Plane) -> None:
     """A request that crosses its word is tried elsewhere."""
     leaving = plane.add(interval_s=0.02)
     plane.add()
     await plane.ready(2)
     running = asyncio.create_task(answer(plane.pool, question(max_tokens=20), lambda data: None))
-    while not leaving.server.streams:
-        await asyncio.sleep(0.01)
+    await leaving.busy()
     drained = asyncio.create_task(leaving.server.drain(10))
     others = [await answer(plane.pool, question(), lambda data: None) for _ in range(4)]
     await drained

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
 FRONTEND_SILENT_S = 10.0
+CANCELLED = wire.Failed(0, 503, "the request was cancelled", False)
 STOPPING = wire.Failed(0, 503, "the worker is stopping", True)
 StreamKey = tuple[bytes, int]
 
@@ -107,11 +108,19 @@ class RequestServer:
         elif isinstance(message, wire.Generate):
             self._track((identity, message.stream), self._serve((identity, message.stream), message))
         elif isinstance(message, wire.Cancel):
-            task = self._tasks.get((identity, message.stream))
-            if task:
-                task.cancel()
+            self._cancel((identity, message.stream))
         elif isinstance(message, wire.Release):
             self._track((identity, next(self._unnamed)), self._release(message))
+
+    def _cancel(self, key: StreamKey) -> None:
+        """End a stream, and say so: of a prefill the frontend waits for the last word, which may be a result to release.
+
+        Said here and not by the stream's task, which may not have begun and then never runs.
+        """
+        task = self._tasks.get(key)
+        if task:
+            task.cancel()
+            self._fail(key, CANCELLED)
 
     def _track(self, key: StreamKey, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -128,11 +137,6 @@ class RequestServer:
             self._fail(key, wire.Failed(0, 400, str(error), False))
         except (LostError, transfer.TransferError) as error:
             self._fail(key, wire.Failed(0, 503, str(error), True))
-        except asyncio.CancelledError:
-            if request.leg is wire.Leg.PREFILL:
-                # Whoever cancelled waits for this: a result may have left before, whose blocks must then be released.
-                self._fail(key, wire.Failed(0, 503, "the prefill was cancelled", False))
-            raise
         except Exception as error:
             log.exception("request %s failed", request.request_id)
             self._fail(key, wire.Failed(0, 500, f"{type(error).__name__}: {error}", False))
