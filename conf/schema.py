@@ -35,6 +35,8 @@ class RolesConf:
     """Engines that pull the KV cache of a prompt and produce the answer."""
     aggregated: RoleConf = field(default_factory=RoleConf)
     """Engines that do both."""
+    embedding: RoleConf = field(default_factory=RoleConf)
+    """Engines of pooling models: embeddings, classification, scores."""
 
 
 @dataclass

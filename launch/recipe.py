@@ -31,6 +31,7 @@ class Kind(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     AGGREGATED = "aggregated"
+    EMBEDDING = "embedding"
 
 
 class Launcher(StrEnum):
@@ -216,8 +217,8 @@ class Recipe:
         for role in self.roles:
             self._refuse_owned(role)
         self._refuse_unequal()
-        if Kind.AGGREGATED in kinds and len(kinds) > 1:
-            raise ConfigError("aggregated engines do not mix with prefill and decode in one deployment: launch two")
+        if kinds & {Kind.AGGREGATED, Kind.EMBEDDING} and len(kinds) > 1:
+            raise ConfigError("aggregated and embedding engines mix with no other role in one deployment: launch two")
 
     def _refuse_owned(self, role: Role) -> None:
         for where, args in (("engine", self.engine.args), (f"roles.{role.kind}", role.args)):

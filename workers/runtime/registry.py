@@ -22,7 +22,13 @@ RETRY_S = 0.3
 
 
 class Card(msgspec.Struct, kw_only=True, frozen=True):
-    """What a worker says of itself. `instance` is new with every start of the process."""
+    """What a worker says of itself. `instance` is new with every start of the process.
+
+    `tasks` are what its engine can do, in vLLM's words (generate, embed, classify, score, ...). `adapters` are the LoRA
+    adapters that are loaded now, each served as a model of its own. The engine's data-parallel ranks that this worker
+    reaches are `dp_first` up to, not including, `dp_first + dp_count`; a request may name one. Two workers may pass a KV
+    cache to each other only if their `fingerprint`s are equal.
+    """
 
     member: str
     instance: str
@@ -33,6 +39,11 @@ class Card(msgspec.Struct, kw_only=True, frozen=True):
     max_model_len: int
     block_size: int
     version: str
+    tasks: tuple[str, ...] = ("generate",)
+    adapters: tuple[str, ...] = ()
+    dp_first: int = 0
+    dp_count: int = 1
+    fingerprint: str = ""
 
 
 def key(deployment: str, member: str) -> str:
