@@ -90,6 +90,15 @@ class FrontendConf:
     """Seconds of silence after which a worker leaves the routing until it is heard again."""
     max_body_bytes: int = 67108864
     """Largest request body; more is answered with 413."""
+    local_prefill: str = "never"
+    """When a decode engine computes a prompt itself (conditional disaggregation): never; short, for short prompts; load,
+    also while the prefill engines are behind and a decode engine has room."""
+    local_prefill_short_tokens: int = 256
+    """Prompts of at most this many tokens are short."""
+    local_prefill_behind_tokens: int = 8192
+    """Prefill engines are behind when the least loaded of them has this many prompt tokens to compute."""
+    local_prefill_room_tokens: int = 8192
+    """A decode engine has room while the prompt tokens that it computes itself stay at most this."""
 
 
 @dataclass

@@ -27,6 +27,7 @@ from launch.recipe import (
     Frontend,
     Kind,
     Launcher,
+    LocalPrefillMode,
     Model,
     Recipe,
     Role,
@@ -105,7 +106,11 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
         engine=Engine(**_fields(written.engine, backend=word(Backend, "engine.backend", written.engine.backend))),
         control=Control(**_fields(written.control)),
         frontend=Frontend(
-            **_fields(written.frontend, router=word(RouterMode, "frontend.router", written.frontend.router))
+            **_fields(
+                written.frontend,
+                router=word(RouterMode, "frontend.router", written.frontend.router),
+                local_prefill=word(LocalPrefillMode, "frontend.local_prefill", written.frontend.local_prefill),
+            )
         ),
         cluster=Cluster(
             **_fields(written.cluster, launcher=word(Launcher, "cluster.launcher", written.cluster.launcher))

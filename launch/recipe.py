@@ -64,6 +64,14 @@ class RouterMode(StrEnum):
     LEAST_LOADED = "least_loaded"
 
 
+class LocalPrefillMode(StrEnum):
+    """When a decode engine computes a prompt itself: never, short prompts, or also while prefill engines are behind."""
+
+    NEVER = "never"
+    SHORT = "short"
+    LOAD = "load"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Role:
     """A group of identical engines."""
@@ -145,6 +153,10 @@ class Frontend:
     router: RouterMode
     stall_timeout_s: float
     max_body_bytes: int
+    local_prefill: LocalPrefillMode
+    local_prefill_short_tokens: int
+    local_prefill_behind_tokens: int
+    local_prefill_room_tokens: int
 
     def __post_init__(self) -> None:
         if not 1 <= self.processes <= 8:

@@ -38,6 +38,8 @@ MAX_POSITIONS = 4096
 
 BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 SPECIALS = (PAD, BEGIN, END, "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|spare|>")
+# Added tokens that are text, as reasoning models have them: vLLM's parsers look for them in the vocabulary.
+MARKS = ("<think>", "</think>")
 
 STAMP = "tiny_model.stamp.json"
 
@@ -295,13 +297,14 @@ def _tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
+        vocab_size=VOCAB - len(MARKS),
         min_frequency=1,
         show_progress=False,
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIALS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in MARKS])
     if tokenizer.get_vocab_size() != VOCAB:
         raise RuntimeError(f"the corpus gave {tokenizer.get_vocab_size()} tokens, not {VOCAB}")
     begin = SPECIALS.index(BEGIN)
@@ -322,7 +325,7 @@ def _corpus() -> Iterator[str]:
 
 def _speakable(tokenizer: Tokenizer) -> list[int]:
     """The tokens that may win a greedy step: those that are printable text by themselves."""
-    return [token for token in range(len(SPECIALS), VOCAB) if _is_text(tokenizer.decode([token]))]
+    return [token for token in range(len(SPECIALS), VOCAB - len(MARKS)) if _is_text(tokenizer.decode([token]))]
 
 
 def _is_text(text: str) -> bool:

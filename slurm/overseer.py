@@ -114,18 +114,18 @@ class Overseer:
         return time.monotonic() - since > SILENT_AFTER_S
 
     async def _routed(self) -> bool:
-        """Whether the first frontend says that it can answer."""
+        """Whether the first frontend says that it can answer and misses nobody."""
         assert self._endpoint
         host, _, port = self._endpoint.url.removeprefix("http://").removesuffix("/v1").partition(":")
         try:
             async with asyncio.timeout(2):
                 reader, writer = await asyncio.open_connection(host, int(port))
                 writer.write(f"GET /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
-                status = await reader.readline()
+                said = await reader.read()
                 writer.close()
         except (OSError, TimeoutError):
             return False
-        return b" 200 " in status
+        return said.endswith(b'{"status":"ready"}')
 
     def _publish(self, phase: Phase) -> None:
         assert self._endpoint

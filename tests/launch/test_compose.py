@@ -47,7 +47,7 @@ from launch.recipe import Kind, Launcher, Wait
             r"add roles.prefill.replicas=1",
             id="decode without prefill",
         ),
-        pytest.param(["+recipe=tiny_disagg", "roles.aggregated.replicas=1"], r"do not mix", id="mixed"),
+        pytest.param(["+recipe=tiny_disagg", "roles.aggregated.replicas=1"], r"mix with no other role", id="mixed"),
         pytest.param(
             ["+recipe=tiny_agg", "launcher=slurrm"],
             r"one of slurm, local, debug, got 'slurrm', did you mean 'slurm'",

@@ -108,7 +108,10 @@ def test_a_request_id_goes_in_and_out(echo: Deployment) -> None:
             "maximum context length is 4096 tokens",
             id="too long",
         ),
-        pytest.param(CHAT | {"tools": [{"type": "function"}]}, 400, "tools is not supported yet", id="not served yet"),
+        pytest.param(
+            CHAT | {"tools": [{"type": "function"}]}, 400, "tools[0] has no function", id="a tool without name"
+        ),
+        pytest.param(CHAT | {"use_beam_search": True}, 400, "use_beam_search is not supported", id="not served"),
         pytest.param(
             CHAT | {"stream_options": {"include_usage": True}},
             400,

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
 from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer
 
-from launch.recipe import Kind, RouterMode
+from launch.recipe import Kind, LocalPrefillMode, RouterMode
 from slurm import ports
+from workers.engine import transfer
+from workers.engine.base import Ask
 from workers.engine.echo import EchoEngine
+from workers.engine.render import Choice
 from workers.engine.server import RequestServer
 from workers.frontend.errors import ApiError
 from workers.frontend.exchange import Pool, Question, Releaser, answer
 from workers.frontend.links import Links
+from workers.frontend.local import LocalPrefill, Reason
 from workers.frontend.router import mode
 from workers.runtime import wire
 from workers.runtime.registry import Card
@@ -122,7 +129,7 @@ async def plane(tiny_model: Path) -> AsyncIterator[Plane]:
 def question(tokens: int = 8, max_tokens: int = 16) -> Question:
     """A prompt and what is wanted of it."""
     prompt = wire.pack(range(20, 20 + tokens))
-    return Question(request_id="r", prompt=prompt, sampling={"max_tokens": max_tokens}, render=RENDER, priority=0)
+    return Question(request_id="r", prompt=prompt, max_tokens=max_tokens, render=RENDER)
 
 
 async def test_an_answer_streams_and_counts(plane: Plane) -> None:
@@ -150,7 +157,40 @@ async def test_a_worker_lost_before_the_first_byte_costs_another_attempt(plane: 
     assert plane.legs == [Kind.AGGREGATED] * 2
 
 
-async def test_a_worker_lost_in_mid_stream_is_an_error_at_once(plane: Plane) -> None:
+async def test_a_worker_lost_in_mid_stream_is_followed_by_another(plane: Plane) -> None:
+    """Within a second and not after the stall timeout; no token is lost, none repeated, and each is counted once."""
+    first = plane.add(interval_s=0.02)
+    second = plane.add(interval_s=0.0)
+    await plane.ready(2)
+    written: list[bytes] = []
+    moments: list[float] = []
+
+    def write(data: bytes) -> None:
+        written.append(data)
+        moments.append(time.monotonic())
+
+    asked = question(tokens=7, max_tokens=60)
+    alone = [data async for data in pieces(second, asked)]
+    task = asyncio.create_task(answer(plane.pool, asked, write))
+    while len(written) < 10:
+        await asyncio.sleep(0.01)
+    first.die()
+    done = await asyncio.wait_for(task, 5)
+
+    assert b"".join(written) + done.data == b"".join(alone)
+    assert (done.prompt_tokens, done.completion_tokens) == (7, 60)
+    assert max(after - before for before, after in itertools.pairwise(moments)) < 1.0
+
+
+async def pieces(worker: Worker, asked: Question) -> AsyncIterator[bytes]:
+    """What one undisturbed worker writes for a question."""
+    choice = Choice(asked.render, asked.tokens)
+    ask = Ask(request_id="alone", prompt=wire.unpack(asked.prompt), render=asked.render, max_tokens=asked.max_tokens)
+    async for piece in worker.engine.generate(ask):
+        yield choice.end(piece) if piece.finish else choice.delta(piece)
+
+
+async def test_a_stream_that_nobody_can_go_on_with_ends_with_an_error_at_once(plane: Plane) -> None:
     """503, within a second and not after the stall timeout: the connection says it."""
     worker = plane.add(interval_s=0.02)
     await plane.ready(1)
@@ -160,7 +200,7 @@ async def test_a_worker_lost_in_mid_stream_is_an_error_at_once(plane: Plane) -> 
         await asyncio.sleep(0.01)
     worker.die()
     lost = time.monotonic()
-    with pytest.raises(ApiError, match="the worker was lost") as error:
+    with pytest.raises(ApiError, match="no aggregated worker is ready") as error:
         await task
 
     assert error.value.status == 503
@@ -197,7 +237,7 @@ async def test_a_cancelled_request_ends_at_the_worker(plane: Plane) -> None:
         while worker.server.streams:
             await asyncio.sleep(0.01)
 
-    assert next(iter(plane.links)).in_flight == 0
+    assert next(iter(plane.links)).in_flight(-1) == 0
 
 
 async def test_a_prefill_cancelled_before_it_began_leaves_no_stream(plane: Plane) -> None:
@@ -208,13 +248,11 @@ async def test_a_prefill_cancelled_before_it_began_leaves_no_stream(plane: Plane
     link = next(item for item in plane.links if item.card.kind is Kind.PREFILL)
     unwanted = Releaser(plane.pool, question())
     for _ in range(20):
-        number = link.open(
-            lambda stream: wire.Generate(stream, wire.Leg.PREFILL, "r", wire.pack(range(40)), b"", {}, None), unwanted
-        )
+        number = link.open(lambda stream: generate(stream, wire.Leg.PREFILL), unwanted)
         assert number is not None
         link.cancel(number, unwanted)
     async with asyncio.timeout(2):
-        while link.in_flight:
+        while link.in_flight(-1):
             await asyncio.sleep(0.01)
 
 
@@ -281,10 +319,7 @@ async def test_a_decode_refuses_a_prefill_past_its_date(plane: Plane) -> None:
     parameters = engine._transfer(wire_ask(40))
     late = time.time() - 1
     link.open(
-        lambda stream: wire.Generate(
-            stream, wire.Leg.DECODE, "r", wire.pack(range(40)), b"", {}, RENDER, _packed(parameters), late
-        ),
-        Sink(),
+        lambda stream: generate(stream, wire.Leg.DECODE, transfer=transfer.pack(parameters), expires_at=late), Sink()
     )
     word = await asyncio.wait_for(last, 5)
 
@@ -305,14 +340,96 @@ async def test_noise_is_dropped_and_the_worker_lives_on(plane: Plane) -> None:
     assert done.completion_tokens == 16
 
 
-def wire_ask(tokens: int) -> Any:
+async def test_short_prompts_are_computed_where_they_are_answered(plane: Plane) -> None:
+    """By the policy of the recipe, and whenever no prefill worker is left; each time is counted with its reason."""
+    reasons: list[Reason] = []
+    plane.pool = Pool(
+        plane.links,
+        {kind: mode(RouterMode.ROUND_ROBIN) for kind in Kind},
+        disaggregated=True,
+        on_leg=plane.legs.append,
+        local=LocalPrefill(mode=LocalPrefillMode.SHORT, short_tokens=10),
+        on_local=reasons.append,
+    )
+    prefill = plane.add(Kind.PREFILL)
+    plane.add(Kind.DECODE)
+    await plane.ready(2)
+    for tokens in (10, 11):
+        await answer(plane.pool, question(tokens), lambda data: None)
+    prefill.die()
+    await plane.ready(1)
+    await answer(plane.pool, question(11), lambda data: None)
+
+    assert plane.legs == [Kind.DECODE, Kind.PREFILL, Kind.DECODE, Kind.DECODE]
+    assert reasons == [Reason.SHORT, Reason.NO_PREFILL]
+
+
+async def test_a_decode_that_waits_for_a_lost_prefill_worker_is_begun_anew(plane: Plane) -> None:
+    """An engine waits for ever for a peer that hangs; the frontend knows that it does."""
+    plane.pool.disaggregated = True
+    first = plane.add(Kind.PREFILL)
+    plane.add(Kind.PREFILL)
+    decode = plane.add(Kind.DECODE, interval_s=3.0)
+    await plane.ready(3)
+    task = asyncio.create_task(answer(plane.pool, question(), lambda data: None))
+    await decode.busy()
+    first.die()
+    async with asyncio.timeout(2):
+        while plane.legs != [Kind.PREFILL, Kind.DECODE] * 2:
+            await asyncio.sleep(0.01)
+    task.cancel()
+
+
+async def test_every_data_parallel_rank_gets_its_share(plane: Plane) -> None:
+    """Each rank is a candidate of its own; a client may name one."""
+    worker = plane.add(interval_s=60)
+    worker.card = msgspec.structs.replace(worker.card, dp_first=2, dp_count=2)
+    plane.links.update({worker.card.member: worker.card})
+    await plane.ready(1)
+    tasks = [asyncio.create_task(answer(plane.pool, question(), lambda data: None)) for _ in range(4)]
+    async with asyncio.timeout(5):
+        while worker.server.streams < 4:
+            await asyncio.sleep(0.01)
+    link = next(iter(plane.links))
+
+    assert [link.in_flight(rank) for rank in (2, 3)] == [2, 2]
+    with pytest.raises(ApiError, match="no aggregated worker with data-parallel rank 4 is ready"):
+        await answer(plane.pool, replace(question(), dp_rank=4), lambda data: None)
+    for task in tasks:
+        task.cancel()
+
+
+async def test_an_adapter_is_asked_for_where_it_is_loaded(plane: Plane) -> None:
+    """And nowhere else; a card that changes is believed."""
+    plane.add()
+    holder = plane.add()
+    await plane.ready(2)
+    asked = replace(question(), adapter="poet")
+    with pytest.raises(ApiError, match="no aggregated worker with the adapter 'poet' is ready"):
+        await answer(plane.pool, asked, lambda data: None)
+    holder.card = msgspec.structs.replace(holder.card, adapters=("poet",))
+    plane.links.update({item.card.member: item.card for item in plane.workers})
+
+    for _ in range(4):
+        assert plane.pool.pick(Kind.AGGREGATED, asked, set()).link.card.instance == holder.card.instance
+
+
+async def test_only_alike_engines_are_paired(plane: Plane) -> None:
+    """A KV cache of another model, version or block size would be read as if it were one's own."""
+    for kind, fingerprint in ((Kind.PREFILL, "a"), (Kind.DECODE, "b")):
+        worker = plane.add(kind)
+        worker.card = msgspec.structs.replace(worker.card, fingerprint=fingerprint)
+    plane.links.update({item.card.member: item.card for item in plane.workers})
+    await plane.ready(2)
+    with pytest.raises(ApiError, match="no decode worker is ready"):
+        plane.pool.pick(Kind.DECODE, question(), set(), "a")
+
+
+def generate(stream: int, leg: wire.Leg, **more: Any) -> wire.Generate:
+    """A leg of a request with a prompt of 40 tokens."""
+    return wire.Generate(stream, leg, "r", wire.pack(range(40)), b"", b"{}", 16, RENDER, **more)
+
+
+def wire_ask(tokens: int) -> Ask:
     """A prefill as the engine is asked for it."""
-    from workers.engine.base import Ask
-
-    return Ask(request_id="r", prompt=list(range(tokens)), sampling={}, prefill_only=True)
-
-
-def _packed(parameters: dict[str, Any]) -> bytes:
-    from workers.engine import transfer
-
-    return transfer.pack(parameters)
+    return Ask(request_id="r", prompt=list(range(tokens)), render=RENDER, prefill_only=True)

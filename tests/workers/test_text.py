@@ -37,7 +37,7 @@ def test_chats_have_the_ids_of_transformers(tiny_model: Path, messages: list[dic
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     expected = tokenizer.apply_chat_template(joined, add_generation_prompt=True, tokenize=True, return_dict=False)
 
-    assert unpack(Text(tiny_model).chat(messages, None)) == expected
+    assert unpack(Text(tiny_model).chat(messages, {})) == expected
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -65,5 +65,5 @@ def test_messages_that_cannot_be_rendered_are_the_clients_fault(
 ) -> None:
     """400, saying which message."""
     with pytest.raises(ApiError, match=message) as refused:
-        Text(tiny_model).chat(messages, None)
+        Text(tiny_model).chat(messages, {})
     assert refused.value.status == 400

@@ -25,8 +25,9 @@ from launch.records import Control, RunDirectory
 from slurm.children import report
 from slurm.places import Place, places
 from workers.engine import orphans
-from workers.engine.arguments import engine_arguments
+from workers.engine.arguments import engine_arguments, role_of
 from workers.engine.base import Engine
+from workers.engine.options import serving_options
 from workers.engine.server import RequestServer
 from workers.runtime.etcd import Etcd
 from workers.runtime.events import LoadEvent, publish_load
@@ -67,7 +68,9 @@ def build(recipe: Recipe, where: Plan, member: Member, known: dict[int, Place]) 
         return EchoEngine(Tokenizer.from_file(f"{recipe.model.path}/tokenizer.json"), recipe.engine.echo_interval_s)
     from workers.engine import vllm_engine
 
-    return vllm_engine.start(engine_arguments(recipe, where, member, known))
+    return vllm_engine.start(
+        engine_arguments(recipe, where, member, known), serving_options(recipe, role_of(recipe, member))
+    )
 
 
 async def serve(recipe: Recipe, member: Member, place: Place, control: Control, engine: Engine) -> int:
@@ -121,6 +124,7 @@ def card_of(recipe: Recipe, member: Member, place: Place, engine: Engine) -> Car
         max_model_len=engine.sizes.max_model_len,
         block_size=engine.sizes.block_size,
         version=engine.sizes.version,
+        tasks=engine.sizes.tasks,
     )
 
 

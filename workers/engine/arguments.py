@@ -62,7 +62,9 @@ def engine_arguments(recipe: Recipe, plan: Plan, member: Member, places: Mapping
             "kv_load_failure_policy": "fail",  # recompute would let a broken fabric pass for a slow one
             "kv_connector_extra_config": {"kv_lease_duration": KV_LEASE_S},
         }
-    return arguments | dict(recipe.engine.args) | dict(role.args)
+    given = dict(recipe.engine.args) | dict(role.args)
+    serving = ("tool_call_parser", "enable_auto_tool_choice", "chat_template", "default_chat_template_kwargs")
+    return arguments | {name: value for name, value in given.items() if name not in serving}
 
 
 def engine_environment(

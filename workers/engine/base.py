@@ -6,12 +6,16 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from workers.runtime.wire import Render
+
+NO_MEMBERS = b'"logprobs":null'
+
 
 @dataclass(slots=True)
 class Piece:
     """What one engine step added to one stream.
 
-    `finish` is set on the last piece: stop, length, or repetition. `transfer` is set there by a prefill leg.
+    `finish` is set on the last piece: stop, length, tool_calls, or repetition. `transfer` is set there by a prefill leg.
     """
 
     ids: Sequence[int]
@@ -20,18 +24,43 @@ class Piece:
     stop_reason: int | str | None = None
     cached_tokens: int = 0
     transfer: dict[str, Any] | None = None
+    message: bytes | None = None
+    """JSON of a chat's delta (or, at the end of a unary answer, of its message) where that is more than the text; b"" when
+    this step has nothing to say to the client."""
+    members: bytes = NO_MEMBERS
+    """Further JSON members of the choice."""
+    extra: bytes = b""
+    """JSON members for the top of a unary answer, each led by a comma; on the last piece."""
+    reasoning_tokens: int = -1
+    """On the last piece: how many of the tokens were reasoning; -1 where nothing tells."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """One leg of a request in the engine's terms: a prompt of token ids and vLLM's sampling parameters."""
+    """One leg of a request in the engine's terms. `wire.Generate` says what the fields mean."""
 
     request_id: str
     prompt: list[int]
-    sampling: dict[str, Any]
+    render: Render
+    produced: list[int] = field(default_factory=list)
+    options: bytes = b"{}"
+    max_tokens: int = -1
     prefill_only: bool = False
-    transfer: dict[str, Any] | None = None
+    transfer: bytes | None = None
     priority: int = 0
+    adapter: str = ""
+    dp_rank: int = -1
+    choice: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """The answer to a call that is answered whole."""
+
+    status: int
+    body: bytes
+    content_type: str = "application/json"
+    prompt_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -52,24 +81,43 @@ class Sizes:
     block_size: int
     lease_s: float
     version: str
+    tasks: tuple[str, ...] = ("generate",)
 
 
 class RefusedError(Exception):
-    """The engine will not serve this request, whoever asks; the message is for the client."""
+    """The engine will not serve this request, whoever asks; the message is for the client.
+
+    Attributes:
+        status: HTTP status for the client.
+        param: Name of the field that is at fault, where there is one.
+    """
+
+    def __init__(self, message: str, status: int = 400, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
 
 
 class LostError(Exception):
     """The engine could not serve this request, but another might."""
 
 
+class UnbegunError(LostError):
+    """The engine did not even begin: what a prefill engine holds for this request is still held."""
+
+
 class Engine(Protocol):
-    """An engine that is up. `generate` raises RefusedError or LostError; leaving its iterator aborts the request."""
+    """An engine that is up. `generate` and `call` raise RefusedError or LostError; leaving the iterator aborts."""
 
     sizes: Sizes
     load: Load
 
     def generate(self, ask: Ask) -> AsyncIterator[Piece]:
         """Serve one leg; the last piece has `finish` set."""
+        ...
+
+    async def call(self, request_id: str, route: str, body: bytes) -> Response:
+        """Answer a request whole: one of vLLM's routes for pooling models."""
         ...
 
     async def release(self, request_id: str, transfer: dict[str, Any]) -> None:
@@ -83,14 +131,3 @@ class Engine(Protocol):
     def shutdown(self, timeout_s: float) -> None:
         """End the engine and everything it started; blocks."""
         ...
-
-
-@dataclass(slots=True)
-class Sampling:
-    """Defaults that a model brings along (generation_config.json), under what the client sent."""
-
-    defaults: dict[str, Any] = field(default_factory=dict)
-
-    def merged(self, sent: dict[str, Any]) -> dict[str, Any]:
-        """The parameters to use."""
-        return self.defaults | sent

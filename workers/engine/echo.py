@@ -7,8 +7,9 @@ import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
+from workers.engine import transfer
 from workers.engine.arguments import KV_LEASE_S
-from workers.engine.base import Ask, Load, Piece, RefusedError, Sizes
+from workers.engine.base import Ask, Load, Piece, RefusedError, Response, Sizes
 
 MAX_MODEL_LEN = 4096
 BLOCK_SIZE = 32
@@ -34,8 +35,11 @@ class EchoEngine:
             if ask.prefill_only:
                 yield Piece(ids=ask.prompt[:1], text="", finish="length", transfer=self._transfer(ask))
                 return
-            count = min(ask.sampling.get("max_tokens") or MAX_MODEL_LEN, MAX_MODEL_LEN - len(ask.prompt))
-            for produced in range(count):
+            if ask.transfer is not None:
+                transfer.unpack(ask.transfer, len(ask.prompt) + len(ask.produced), BLOCK_SIZE)
+            room = MAX_MODEL_LEN - len(ask.prompt)
+            count = room if ask.max_tokens < 0 else min(ask.max_tokens, room)
+            for produced in range(len(ask.produced), count):
                 await asyncio.sleep(self._interval_s)
                 token = ask.prompt[produced % len(ask.prompt)]
                 self.load.progress += 1
@@ -43,6 +47,10 @@ class EchoEngine:
                 yield Piece(ids=(token,), text=text, finish="length" if produced == count - 1 else None)
         finally:
             self.load.running -= 1
+
+    async def call(self, request_id: str, route: str, body: bytes) -> Response:
+        """The body, said again."""
+        return Response(200, body)
 
     async def release(self, request_id: str, transfer: dict[str, Any]) -> None:
         """Nothing is held; remembered for whoever asks."""
@@ -57,7 +65,8 @@ class EchoEngine:
 
     def _transfer(self, ask: Ask) -> dict[str, Any]:
         """What vLLM's NixlConnector returns from a prefill, in shape."""
-        blocks = -(-len(ask.prompt) // BLOCK_SIZE)
+        tokens = len(ask.prompt) + len(ask.produced)
+        blocks = -(-tokens // BLOCK_SIZE)
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
@@ -67,6 +76,6 @@ class EchoEngine:
             "remote_host": "echo",
             "remote_port": 1,
             "tp_size": 1,
-            "remote_num_tokens": len(ask.prompt),
+            "remote_num_tokens": tokens,
             "transfer_mode": "pull",
         }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from workers.engine.base import NO_MEMBERS, Piece
 from workers.runtime.wire import Render, Shape
 
 _json = msgspec.json.Encoder().encode
@@ -15,35 +16,50 @@ NULL = b"null"
 
 
 class Choice:
-    """The renderer of one choice; keeps what a unary answer needs until its end."""
+    """The renderer of one choice; keeps what a unary answer needs until its end.
 
-    def __init__(self, render: Render, resumed: bool = False) -> None:
+    Args:
+        render: How the answer is written.
+        prompt_tokens: Length of the client's prompt, for events that count.
+        produced: Tokens that another worker answered with before; the stream they belong to is open already.
+    """
+
+    def __init__(self, render: Render, prompt_tokens: int = 0, produced: int = 0) -> None:
         self._chat = render.shape is Shape.CHAT
         self._render = render
         self._head = b"data: " + render.head.encode() + b'"choices":[{"index":%d,' % render.index
         self._tail = b"}]" + render.tail.encode() + b"\n\n"
         self._text: list[str] = []
-        self._opened = resumed or not self._chat
+        self._opened = bool(produced) or not self._chat
+        self._prompt_tokens = prompt_tokens
+        self._tokens = produced
 
-    def delta(self, text: str) -> bytes:
+    def delta(self, piece: Piece) -> bytes:
         """Bytes for the client after a step that is not the last; none for a unary answer."""
         if not self._render.stream:
-            self._text.append(text)
+            self._text.append(piece.text)
             return b""
-        if not text:
-            return b""
-        return self._opening() + self._event(self._content(text), NULL, NULL)
+        silent = not piece.message if piece.message is not None else not piece.text and piece.members == NO_MEMBERS
+        opening = b"" if silent else self._opening()
+        self._tokens += len(piece.ids)
+        return b"" if silent else opening + self._event(self._content(piece), piece.members, NULL, NULL)
 
-    def end(self, text: str, finish: str, stop_reason: int | str | None) -> bytes:
+    def end(self, piece: Piece) -> bytes:
         """Bytes for the client at the end: the last event, or the whole choice of a unary answer."""
-        reason, stop = _json(finish), _json(stop_reason)
+        reason, stop = _json(piece.finish), _json(piece.stop_reason)
         if self._render.stream:
-            return self._opening() + self._event(self._content(text), reason, stop)
-        whole = _json("".join((*self._text, text)))
-        body = b'"message":{"role":"assistant","content":%b}' % whole if self._chat else b'"text":%b' % whole
-        return b'{"index":%d,%b,"logprobs":null,"finish_reason":%b,"stop_reason":%b}' % (
+            opening = self._opening()
+            self._tokens += len(piece.ids)
+            return opening + self._event(self._content(piece), piece.members, reason, stop)
+        whole = _json("".join((*self._text, piece.text)))
+        if not self._chat:
+            body = b'"text":' + whole
+        else:
+            body = b'"message":' + (piece.message or b'{"role":"assistant","content":%b}' % whole)
+        return b'{"index":%d,%b,%b,"finish_reason":%b,"stop_reason":%b}' % (
             self._render.index,
             body,
+            piece.members,
             reason,
             stop,
         )
@@ -53,18 +69,28 @@ class Choice:
         if self._opened:
             return b""
         self._opened = True
-        return self._event(b'"delta":{"role":"assistant","content":""}', NULL, None)
+        return self._event(b'"delta":{"role":"assistant","content":""}', NO_MEMBERS, NULL, None)
 
-    def _content(self, text: str) -> bytes:
+    def _content(self, piece: Piece) -> bytes:
         if not self._chat:
-            return b'"text":' + _json(text)
-        return b'"delta":{"content":%b}' % _json(text) if text else b'"delta":{}'
+            return b'"text":' + _json(piece.text)
+        if piece.message is not None:
+            return b'"delta":' + (piece.message or b"{}")
+        return b'"delta":{"content":%b}' % _json(piece.text) if piece.text else b'"delta":{}'
 
-    def _event(self, body: bytes, reason: bytes, stop: bytes | None) -> bytes:
-        more = b'"logprobs":null,"finish_reason":' + reason
+    def _event(self, body: bytes, members: bytes, reason: bytes, stop: bytes | None) -> bytes:
+        more = members + b',"finish_reason":' + reason
         if stop is not None and stop != NULL:
             more += b',"stop_reason":' + stop
-        event = self._head + body + b"," + more + self._tail
+        tail = self._tail
+        if self._render.usage:
+            total = self._prompt_tokens + self._tokens
+            tail = b'}],"usage":{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}}\n\n' % (
+                self._prompt_tokens,
+                self._tokens,
+                total,
+            )
+        event = self._head + body + b"," + more + tail
         return chunk(event) if self._render.chunked else event
 
 

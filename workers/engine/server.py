@@ -14,7 +14,7 @@ import zmq
 from prometheus_client import CollectorRegistry, Gauge
 
 from workers.engine import transfer
-from workers.engine.base import Ask, Engine, LostError, RefusedError
+from workers.engine.base import Ask, Engine, LostError, RefusedError, UnbegunError
 from workers.engine.render import Choice
 from workers.runtime import wire
 from workers.runtime.sockets import LoopSocket
@@ -103,9 +103,9 @@ class RequestServer:
         if identity not in self._sessions:
             self._sessions[identity] = next(self._session)
             self.announce()
-        if isinstance(message, wire.Generate) and not self.serving:
+        if isinstance(message, wire.Generate | wire.Call) and not self.serving:
             self._fail((identity, message.stream), STOPPING)
-        elif isinstance(message, wire.Generate):
+        elif isinstance(message, wire.Generate | wire.Call):
             self._track((identity, message.stream), self._serve((identity, message.stream), message))
         elif isinstance(message, wire.Cancel):
             self._cancel((identity, message.stream))
@@ -127,70 +127,73 @@ class RequestServer:
         self._tasks[key] = task
         task.add_done_callback(lambda _: self._tasks.pop(key, None))
 
-    async def _serve(self, key: StreamKey, request: wire.Generate) -> None:
+    async def _serve(self, key: StreamKey, request: wire.Generate | wire.Call) -> None:
         try:
-            if request.leg is wire.Leg.PREFILL:
+            if isinstance(request, wire.Call):
+                await self._call(key, request)
+            elif request.leg is wire.Leg.PREFILL:
                 await self._prefill(key, request)
             else:
                 await self._answer(key, request)
         except RefusedError as error:
-            self._fail(key, wire.Failed(0, 400, str(error), False))
+            self._fail(key, wire.Failed(0, error.status, str(error), False, error.param))
         except (LostError, transfer.TransferError) as error:
             self._fail(key, wire.Failed(0, 503, str(error), True))
         except Exception as error:
             log.exception("request %s failed", request.request_id)
             self._fail(key, wire.Failed(0, 500, f"{type(error).__name__}: {error}", False))
 
-    async def _prefill(self, key: StreamKey, request: wire.Generate) -> None:
-        prompt = wire.unpack(request.prompt + request.produced)
-        ask = Ask(
-            request_id=request.request_id, prompt=prompt, sampling={}, prefill_only=True, priority=request.priority
+    async def _call(self, key: StreamKey, request: wire.Call) -> None:
+        answered = await self._engine.call(request.request_id, request.route, request.body)
+        self._step(key[0]).called.append(
+            wire.Called(key[1], answered.status, answered.body, answered.content_type, answered.prompt_tokens)
         )
-        async for piece in self._engine.generate(ask):
+
+    async def _prefill(self, key: StreamKey, request: wire.Generate) -> None:
+        async for piece in self._engine.generate(_ask(request, prefill_only=True)):
             if piece.finish:
                 if piece.transfer is None:
                     raise LostError("the prefill engine returned no transfer parameters")
                 expires_at = time.time() + self._engine.sizes.lease_s - transfer.MARGIN_S
+                tokens = (len(request.prompt) + len(request.produced)) // 4
                 self._step(key[0]).prefilled.append(
-                    wire.Prefilled(key[1], transfer.pack(piece.transfer), expires_at, len(prompt), piece.cached_tokens)
+                    wire.Prefilled(key[1], transfer.pack(piece.transfer), expires_at, tokens, piece.cached_tokens)
                 )
 
     async def _answer(self, key: StreamKey, request: wire.Generate) -> None:
-        prompt = wire.unpack(request.prompt + request.produced)
-        pull = None
-        if request.leg is wire.Leg.DECODE:
-            pull = transfer.unpack(request.transfer, len(prompt), self._engine.sizes.block_size)
-            if time.time() > request.expires_at:
-                raise transfer.TransferError("the prefill expired before its decode began, or the nodes' clocks differ")
-        assert request.render, "a leg that answers says how to render"
-        choice = Choice(request.render, resumed=bool(request.produced))
-        ask = Ask(
-            request_id=request.request_id,
-            prompt=prompt,
-            sampling=request.sampling,
-            transfer=pull,
-            priority=request.priority,
-        )
+        pulls = request.leg is wire.Leg.DECODE
+        if pulls and time.time() > request.expires_at:
+            raise transfer.TransferError("the prefill expired before its decode began, or the nodes' clocks differ")
         try:
-            await self._stream(key, request, ask, choice)
-        except RefusedError:
-            if pull is not None:  # the decode engine will not pull: the prefill engine need not wait for it
-                await self._engine.release(f"{request.request_id}-release", pull)
+            await self._stream(key, request, _ask(request, transfer=request.transfer if pulls else None))
+        except (RefusedError, UnbegunError):
+            if pulls:  # the decode engine will not pull: the prefill engine need not wait for it
+                await self._release(wire.Release(f"{request.request_id}-release", request.transfer))
             raise
 
-    async def _stream(self, key: StreamKey, request: wire.Generate, ask: Ask, choice: Choice) -> None:
+    async def _stream(self, key: StreamKey, request: wire.Generate, ask: Ask) -> None:
         """Pass on what the engine produces, rendered."""
         identity, stream = key
-        produced = len(request.produced) // 4
+        produced, prompt_tokens = len(ask.produced), len(ask.prompt)
+        choice = Choice(request.render, prompt_tokens, produced)
         async for piece in self._engine.generate(ask):
             ids = wire.pack(piece.ids)
             produced += len(piece.ids)
             if piece.finish is None:
-                self._step(identity).deltas.append((stream, ids, choice.delta(piece.text)))
+                self._step(identity).deltas.append((stream, ids, choice.delta(piece)))
                 continue
-            data = choice.end(piece.text, piece.finish, piece.stop_reason)
             self._step(identity).ends.append(
-                wire.End(stream, piece.finish, ids, data, len(request.prompt) // 4, produced, piece.cached_tokens)
+                wire.End(
+                    stream=stream,
+                    reason=piece.finish,
+                    ids=ids,
+                    data=choice.end(piece),
+                    prompt_tokens=prompt_tokens,
+                    completion_tokens=produced,
+                    cached_tokens=piece.cached_tokens,
+                    reasoning_tokens=piece.reasoning_tokens,
+                    extra=piece.extra,
+                )
             )
 
     def _fail(self, key: StreamKey, failed: wire.Failed) -> None:
@@ -199,11 +202,9 @@ class RequestServer:
     async def _release(self, message: wire.Release) -> None:
         """Free a prefill's blocks; when that fails they are freed by the end of their lease."""
         try:
-            found = msgspec.msgpack.decode(message.transfer, type=dict[str, Any])
-            tokens = int(found.get("remote_num_tokens", 0))
-            pull = transfer.unpack(message.transfer, tokens, self._engine.sizes.block_size)
+            pull = transfer.unpack(message.transfer, transfer.tokens(message.transfer), self._engine.sizes.block_size)
             await self._engine.release(message.request_id, pull)
-        except (ValueError, RecursionError, transfer.TransferError, LostError) as error:
+        except (transfer.TransferError, LostError) as error:
             log.warning("could not release the blocks of %s: %s", message.request_id, error)
 
     def _step(self, identity: bytes) -> wire.Step:
@@ -213,7 +214,7 @@ class RequestServer:
             asyncio.get_running_loop().call_soon(self._flush)
         step = self._steps.get(identity)
         if step is None:
-            step = self._steps[identity] = wire.Step(deltas=[], ends=[], prefilled=[], failed=[])
+            step = self._steps[identity] = wire.Step(deltas=[], ends=[], prefilled=[], failed=[], called=[])
         return step
 
     def _flush(self) -> None:
@@ -234,3 +235,20 @@ class RequestServer:
         for key, task in list(self._tasks.items()):
             if key[0] == identity:
                 task.cancel()
+
+
+def _ask(request: wire.Generate, prefill_only: bool = False, transfer: bytes | None = None) -> Ask:
+    return Ask(
+        request_id=request.request_id,
+        prompt=wire.unpack(request.prompt),
+        produced=wire.unpack(request.produced),
+        render=request.render,
+        options=request.options,
+        max_tokens=request.max_tokens,
+        prefill_only=prefill_only,
+        transfer=transfer,
+        priority=request.priority,
+        adapter=request.adapter,
+        dp_rank=request.dp_rank,
+        choice=request.choice,
+    )

@@ -49,10 +49,7 @@ def unpack(packed: bytes, prompt_tokens: int, block_size: int) -> dict[str, Any]
     Raises:
         TransferError: Says which field is wrong.
     """
-    try:
-        transfer = msgspec.msgpack.decode(packed, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise TransferError(f"transfer parameters cannot be read: {error}") from error
+    transfer = _decoded(packed)
     for name, kind in FIELDS.items():
         if not isinstance(transfer.get(name), kind):
             raise TransferError(f"transfer parameters: {name} is {transfer.get(name)!r}")
@@ -65,3 +62,35 @@ def unpack(packed: bytes, prompt_tokens: int, block_size: int) -> dict[str, Any]
     if not groups or any(not isinstance(group, list | tuple) or len(group) != blocks for group in groups):
         raise TransferError(f"transfer parameters: remote_block_ids are not {blocks} blocks in each group")
     return transfer
+
+
+def tokens(packed: bytes) -> int:
+    """Length of the prompt whose KV cache is handed on, as its prefill worker said.
+
+    Raises:
+        TransferError: It does not say.
+    """
+    found = _decoded(packed).get("remote_num_tokens")
+    if not isinstance(found, int):
+        raise TransferError(f"transfer parameters: remote_num_tokens is {found!r}")
+    return found
+
+
+def peer(packed: bytes) -> tuple[str, int]:
+    """Where the prefill engine answers handshakes: host and port.
+
+    Raises:
+        TransferError: It does not say.
+    """
+    found = _decoded(packed)
+    host, port = found.get("remote_host"), found.get("remote_port")
+    if not isinstance(host, str) or not isinstance(port, int):
+        raise TransferError(f"transfer parameters: remote_host is {host!r} and remote_port {port!r}")
+    return host, port
+
+
+def _decoded(packed: bytes) -> dict[str, Any]:
+    try:
+        return msgspec.msgpack.decode(packed, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise TransferError(f"transfer parameters cannot be read: {error}") from error

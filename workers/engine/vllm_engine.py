@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
-from workers.engine import cpu
+from workers.engine import cpu, transfer
 from workers.engine.arguments import KV_LEASE_S
-from workers.engine.base import Ask, Load, LostError, Piece, RefusedError, Sampling, Sizes
+from workers.engine.base import Ask, Load, LostError, Piece, RefusedError, Response, Sizes, UnbegunError
+from workers.engine.options import ServingOptions
+from workers.engine.peers import Peers
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -17,61 +21,113 @@ PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
 class VllmEngine:
-    """A running AsyncLLM."""
+    """A running AsyncLLM.
 
-    def __init__(self, llm: AsyncLLM, load: Load) -> None:
+    `adapters` are vLLM's LoRA requests by name, `adapter_uses` counts the requests that use each of them now.
+    """
+
+    def __init__(self, llm: AsyncLLM, load: Load, serving: ServingOptions) -> None:
         from vllm import __version__
+
+        from workers.engine.reader import Reader
 
         config = llm.vllm_config
         lease_s = KV_LEASE_S
         if config.kv_transfer_config is not None:
             lease_s = config.kv_transfer_config.get_from_extra_config("kv_lease_duration", KV_LEASE_S)
         self._llm = llm
-        self._sampling = Sampling(config.model_config.get_diff_sampling_param())
+        self._serving = serving
+        runner = config.model_config.runner_type
+        self._reader = Reader.of(llm, serving) if runner == "generate" else None
+        self._pooling: Any = None
+        self._peers = Peers()
+        parallel = config.parallel_config
+        # Of an engine over several nodes AsyncLLM counts its own ranks from 0; the deployment counts all.
+        self._dp_first = parallel.data_parallel_rank if parallel.local_engines_only else 0
+        self._dp_count = parallel.data_parallel_size
+        self.adapters: dict[str, Any] = {}
+        self.adapter_uses: Counter[str] = Counter()
         self.load = load
         self.sizes = Sizes(
             max_model_len=config.model_config.max_model_len,
             block_size=config.cache_config.block_size,
             lease_s=lease_s,
             version=__version__,
+            tasks=(runner,),
         )
 
     async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
         """Serve one leg; see `base.Engine`."""
-        from vllm.exceptions import VLLMValidationError
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        sampling = self._sampling.merged(ask.sampling)
-        transfer = ask.transfer
+        from workers.engine.vllm_request import VllmRequest, refusing
+
+        if self._reader is None:
+            raise RefusedError("this model does not generate text")
+        request = VllmRequest(self._reader, ask)
+        prompt: dict[str, Any] = {"prompt_token_ids": request.prompt}
+        if request.cache_salt is not None:
+            prompt["cache_salt"] = request.cache_salt
+        sampling = request.sampling
         if ask.prefill_only:
-            transfer = PREFILL
-            sampling = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
-        try:
-            parameters = SamplingParams(
-                **sampling,
-                output_kind=RequestOutputKind.DELTA,
-                extra_args={"kv_transfer_params": transfer} if transfer else None,
-            )
-            stream = self._llm.generate(
-                {"prompt_token_ids": ask.prompt}, parameters, ask.request_id, priority=ask.priority
-            )
-            async for output in stream:
-                choice = output.outputs[0]
-                if choice.finish_reason in ("abort", "error"):
-                    raise LostError(f"the engine ended the request with {choice.finish_reason!r}")
-                yield Piece(
-                    ids=choice.token_ids,
-                    text=choice.text,
-                    finish=choice.finish_reason,
-                    stop_reason=choice.stop_reason,
-                    cached_tokens=output.num_cached_tokens or 0,
-                    transfer=output.kv_transfer_params,
+            sampling = _prefill_sampling()
+        elif ask.transfer is not None:
+            await self._peers.check(transfer.peer(ask.transfer))
+            pull = transfer.unpack(ask.transfer, len(request.prompt), self.sizes.block_size)
+            sampling.extra_args = {**(sampling.extra_args or {}), "kv_transfer_params": pull}
+        with self._using(ask.adapter) as adapter, refusing():
+            try:
+                stream = self._llm.generate(
+                    prompt,
+                    sampling,
+                    ask.request_id,
+                    lora_request=adapter,
+                    priority=ask.priority,
+                    data_parallel_rank=self._local_rank(ask.dp_rank),
+                    **({} if ask.prefill_only else request.for_engine()),
                 )
-        except (VLLMValidationError, ValueError, TypeError) as error:
-            raise RefusedError(str(error)) from error
-        except (EngineDeadError, EngineGenerateError) as error:
-            raise LostError(f"the engine failed: {type(error).__name__}") from error
+                async with contextlib.aclosing(stream):
+                    async for output in stream:
+                        if output.outputs[0].finish_reason in ("abort", "error"):
+                            raise LostError(f"the engine ended the request with {output.outputs[0].finish_reason!r}")
+                        piece = _prefilled(output) if ask.prefill_only else request.read(output)
+                        if piece is not None:
+                            yield piece
+                            if piece.finish is not None:
+                                return
+            except (EngineDeadError, EngineGenerateError) as error:
+                if isinstance(error.__cause__, VLLMClientError):
+                    raise error.__cause__ from None
+                raise LostError(f"the engine failed: {type(error).__name__}") from error
+
+    async def call(self, request_id: str, route: str, body: bytes) -> Response:
+        """Answer a request whole; see `base.Engine`."""
+        from workers.engine.pooling import Pooling
+
+        if self._pooling is None:
+            served = self._llm.model_config.served_model_name
+            self._pooling = await Pooling.of(self._llm, served, self.adapters, self._serving.chat_template)
+        answered: Response = await self._pooling.call(request_id, route, body)
+        return answered
+
+    @contextlib.contextmanager
+    def _using(self, name: str) -> Iterator[Any]:
+        """The LoRA adapter of a request, counted while it is used; None for the model itself."""
+        if not name:
+            yield None
+            return
+        if name not in self.adapters:
+            raise UnbegunError(f"the adapter {name!r} is not loaded here")
+        self.adapter_uses[name] += 1
+        try:
+            yield self.adapters[name]
+        finally:
+            self.adapter_uses[name] -= 1
+
+    def _local_rank(self, rank: int) -> int | None:
+        """AsyncLLM's number of a data-parallel rank of the deployment; None lets it choose."""
+        return rank - self._dp_first if rank >= 0 and self._dp_count > 1 else None
 
     async def release(self, request_id: str, transfer: dict[str, Any]) -> None:
         """Free what a prefill engine holds for a decode that will not come."""
@@ -86,7 +142,27 @@ class VllmEngine:
         self._llm.shutdown(timeout=timeout_s)
 
 
-def start(arguments: dict[str, Any]) -> VllmEngine:
+def _prefill_sampling() -> Any:
+    """A prefill's only token is thrown away: the decode engine samples it again, with the client's parameters."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+        extra_args={"kv_transfer_params": dict(PREFILL)},
+    )
+
+
+def _prefilled(output: Any) -> Piece:
+    choice = output.outputs[0]
+    return Piece(
+        choice.token_ids, "", choice.finish_reason, None, output.num_cached_tokens or 0, output.kv_transfer_params
+    )
+
+
+def start(arguments: dict[str, Any], serving: ServingOptions) -> VllmEngine:
     """Build the engine; blocks until it is ready. Call it before the event loop and any thread of ours starts.
 
     Raises:
@@ -107,7 +183,7 @@ def start(arguments: dict[str, Any]) -> VllmEngine:
     llm = AsyncLLM.from_vllm_config(
         config, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=[_load_logger(load)], disable_log_stats=True
     )
-    return VllmEngine(llm, load)
+    return VllmEngine(llm, load, serving)
 
 
 def _typed(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -16,11 +16,13 @@ from launch.recipe import Kind, Recipe
 from launch.records import Control, RunDirectory
 from slurm.children import report
 from slurm.places import Place, places
+from workers.engine.options import serving_options
 from workers.frontend.app import App, Served
 from workers.frontend.errors import error_body
 from workers.frontend.exchange import Pool
 from workers.frontend.http import Server
 from workers.frontend.links import Links
+from workers.frontend.local import LocalPrefill
 from workers.frontend.metrics import Metrics
 from workers.frontend.router import mode
 from workers.frontend.text import Text
@@ -68,9 +70,20 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, api_k
         {kind: mode(recipe.frontend.router) for kind in Kind},
         recipe.disaggregated,
         lambda kind: metrics.legs.labels(kind).inc(),
+        needed=tuple(role.kind for role in recipe.roles),
+        local=local_prefill(recipe),
+        on_local=lambda reason: metrics.local_prefills.labels(reason).inc(),
+        on_resumed=metrics.resumed.inc,
     )
-    served = Served(name=recipe.model.name, max_model_len=lambda: context_of(links), created=int(time.time()))
-    app = App(served, Text(Path(recipe.model.path)), pool, metrics, api_key)
+    served = Served(
+        name=recipe.model.name,
+        max_model_len=lambda: context_of(links),
+        adapters=lambda: sorted({name for link in links if link.usable for name in link.card.adapters}),
+        created=int(time.time()),
+    )
+    serving = serving_options(recipe, recipe.roles[-1])
+    text = Text(Path(recipe.model.path), serving.chat_template, serving.default_chat_template_kwargs)
+    app = App(served, text, pool, metrics, api_key)
     server = Server(app, error_body, recipe.frontend.max_body_bytes)
     listener = await loop.create_server(server.protocol, place.address, port, backlog=4096, reuse_address=True)
     report("loading")
@@ -121,6 +134,16 @@ class Readiness:
                 "requests are routed" if not missing else "no %s worker is ready",
                 *([", ".join(missing)] if missing else []),
             )
+
+
+def local_prefill(recipe: Recipe) -> LocalPrefill:
+    """When decode workers compute prompts themselves."""
+    return LocalPrefill(
+        mode=recipe.frontend.local_prefill,
+        short_tokens=recipe.frontend.local_prefill_short_tokens,
+        behind_tokens=recipe.frontend.local_prefill_behind_tokens,
+        room_tokens=recipe.frontend.local_prefill_room_tokens,
+    )
 
 
 def context_of(links: Links) -> int:

@@ -12,22 +12,33 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
+from launch.recipe import Kind
 from workers.engine.render import chunk
 from workers.frontend.errors import ApiError
-from workers.frontend.exchange import Answered, Pool, Question, answer
+from workers.frontend.exchange import Answered, Pool, Question, answer, call
 from workers.frontend.http import Connection, Request
 from workers.frontend.metrics import Metrics
-from workers.frontend.openai import ChatRequest, Common, CompletionRequest, parse
+from workers.frontend.openai import ChatRequest, Common, CompletionRequest, options, parse
 from workers.frontend.text import Text
 from workers.runtime.wire import Render, Shape, pack
 
 DONE = b"data: [DONE]\n\n"
-COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions
 TOKENIZE_IN_THREAD_CHARS = 4096
 REQUEST_ID_HEADER = "x-request-id"
+DP_RANK_HEADER = "x-data-parallel-rank"
+# vLLM's routes for pooling models, and the same under /v1 where vLLM has them elsewhere.
+POOLING_ROUTES = {
+    "/v1/embeddings": "embeddings",
+    **dict.fromkeys(("/classify", "/v1/classify"), "classify"),
+    **dict.fromkeys(("/pooling", "/v1/pooling"), "pooling"),
+    **dict.fromkeys(("/score", "/v1/score"), "score"),
+    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), "rerank"),
+}
+OPEN_ROUTES = ("/health", "/live", "/metrics")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +48,8 @@ class Served:
     name: str
     max_model_len: Callable[[], int]
     """Context length, as the workers say; 0 while none is there."""
+    adapters: Callable[[], list[str]]
+    """LoRA adapters that are loaded somewhere, each served as a model of its own."""
     created: int
 
 
@@ -59,6 +72,7 @@ class App:
             ("HEAD", "/live"): self._live,
             ("HEAD", "/health"): self._health,
             ("GET", "/metrics"): self._metrics_page,
+            **{("POST", path): self._pooling for path in POOLING_ROUTES},
         }
         self._methods = {path: method for method, path in reversed(self._routes)}
 
@@ -87,7 +101,7 @@ class App:
             if request.path in self._methods:
                 raise ApiError(405, f"{request.path} takes {self._methods[request.path]}, not {request.method}")
             raise ApiError(404, f"there is no route {request.path}")
-        if request.path.startswith("/v1/"):
+        if request.path not in OPEN_ROUTES:
             self._authenticate(request)
         return handler
 
@@ -99,25 +113,46 @@ class App:
     # --- generation -----------------------------------------------------------------------------------------------
 
     async def _chat(self, request: Request, connection: Connection) -> None:
-        ask = parse(request.body, ChatRequest)
-        self._admit(ask)
-        ask.check()
-        size = len(request.body)
-        prompt = await self._tokenize(size, lambda: self._text.chat(ask.messages, ask.chat_template_kwargs))
-        await self._generate(Generation(Shape.CHAT, ask, [prompt]), request, connection)
+        ask, fields = parse(request.body, ChatRequest)
+        self._admit(ask.model, generates=True)
+        ask.check(fields)
+        tools = None if ask.tool_choice == "none" and not ask.tools else ask.tools
+
+        def tokenize() -> bytes:
+            return self._text.chat(
+                ask.messages, ask.template_variables, tools, ask.continue_final_message, bool(ask.add_special_tokens)
+            )
+
+        prompt = await self._tokenize(len(request.body), tokenize)
+        last = ask.messages[-1]
+        spoken = last.get("content") if ask.echo and last.get("role") == "assistant" else None
+        echo = spoken if isinstance(spoken, str) else None
+        await self._generate(Generation(Shape.CHAT, ask, fields, [prompt], [echo]), request, connection)
 
     async def _completion(self, request: Request, connection: Connection) -> None:
-        ask = parse(request.body, CompletionRequest)
-        self._admit(ask)
-        ask.check()
-        prompts = [await self._prompt(prompt) for prompt in ask.prompts()]
-        if ask.max_tokens is None:
-            ask.max_tokens = COMPLETION_MAX_TOKENS
-        await self._generate(Generation(Shape.COMPLETION, ask, prompts), request, connection)
+        ask, fields = parse(request.body, CompletionRequest)
+        self._admit(ask.model, generates=True)
+        ask.check(fields)
+        texts = ask.prompts()
+        special = ask.add_special_tokens is not False
+        prompts = [await self._prompt(prompt, special) for prompt in texts]
+        echoes = [text if isinstance(text, str) else None for text in texts]
+        await self._generate(Generation(Shape.COMPLETION, ask, fields, prompts, echoes), request, connection)
 
-    async def _prompt(self, prompt: str | list[int]) -> bytes:
+    async def _pooling(self, request: Request, connection: Connection) -> None:
+        """Embeddings and the like: the body goes to a worker as it came."""
+        model = parse(request.body, Model)[0].model
+        self._admit(model or self._served.name, generates=False)
+        request_id = request.headers.get(REQUEST_ID_HEADER) or secrets.token_hex(16)
+        adapter = self._adapter(model or self._served.name)
+        route = POOLING_ROUTES[request.path]
+        called = await call(self._pool, Kind.EMBEDDING, request_id, route, request.body, adapter)
+        self._metrics.prompt_tokens.inc(called.prompt_tokens)
+        connection.respond(called.status, called.body, _id_header(request_id), called.content_type.encode())
+
+    async def _prompt(self, prompt: str | list[int], special: bool) -> bytes:
         if isinstance(prompt, str):
-            return await self._tokenize(len(prompt), lambda: self._text.encode(prompt))
+            return await self._tokenize(len(prompt), lambda: self._text.encode(prompt, special))
         if any(not 0 <= token < self._text.vocabulary for token in prompt):
             raise ApiError(400, f"prompt has token ids outside 0 to {self._text.vocabulary - 1}", param="prompt")
         return pack(prompt)
@@ -126,27 +161,34 @@ class App:
         """Long texts are tokenized in a thread: the tokenizer lets go of the GIL, and other streams go on."""
         return work() if size < TOKENIZE_IN_THREAD_CHARS else await asyncio.to_thread(work)
 
-    def _admit(self, ask: Common) -> None:
-        if ask.model != self._served.name:
-            raise ApiError(
-                404, f"the model {ask.model!r} does not exist; this deployment serves {self._served.name!r}", "model"
-            )
+    def _admit(self, model: str, generates: bool) -> None:
+        names = [self._served.name, *self._served.adapters()]
+        if model not in names:
+            serves = ", ".join(map(repr, names))
+            raise ApiError(404, f"the model {model!r} does not exist; this deployment serves {serves}", "model")
+        if generates is self._pool.pooling:
+            can = "computes embeddings and scores" if self._pool.pooling else "generates text"
+            raise ApiError(400, f"the model {model!r} {can} and cannot answer this", "model")
         if self.draining:
             raise ApiError(503, "the deployment is stopping", retry_after_s=5)
-        if self._pool.missing:
-            raise ApiError(503, self._reason(), retry_after_s=1)
+        if self._pool.unable:
+            raise ApiError(503, self._reason(self._pool.unable), retry_after_s=1)
+
+    def _adapter(self, model: str) -> str:
+        return "" if model == self._served.name else model
 
     async def _generate(self, generation: Generation, request: Request, connection: Connection) -> None:
         context = self._served.max_model_len()
         if not context:
-            raise ApiError(503, self._reason(), retry_after_s=1)
-        generation.limit(context)
+            raise ApiError(503, self._reason(self._pool.missing), retry_after_s=1)
+        generation.check(context)
+        ask = generation.ask
         request_id = request.headers.get(REQUEST_ID_HEADER) or secrets.token_hex(16)
-        header = b"x-request-id: %b\r\n" % request_id.encode("latin-1", "replace")
-        envelope = generation.envelope(self._served.name)
-        answers = Streamed(connection, header, self._metrics) if generation.ask.stream else Collected()
+        header = _id_header(request_id)
+        envelope = generation.envelope(ask.model)
+        answers = Streamed(connection, header, self._metrics) if ask.streams else Collected()
         chunked = request.chunked
-        questions = generation.questions(envelope, chunked)
+        questions = generation.questions(envelope, chunked, self._adapter(ask.model), _dp_rank(request))
         try:
             ends = await self._all_answers(questions, answers)
         except ApiError as error:
@@ -161,12 +203,13 @@ class App:
         if isinstance(answers, Streamed):
             for end in ends:
                 answers.write(end.data)
-            tail = f'data: {envelope}"choices":[],"usage":{usage}}}\n\n' if generation.ask.include_usage else ""
+            tail = f'data: {envelope}"choices":[],"usage":{usage}}}\n\n' if ask.include_usage else ""
             answers.write(framed(tail.encode() + DONE, chunked))
             connection.end_events()
         else:
             choices = b",".join(end.data for end in ends)
-            body = b'%b"choices":[%b],"usage":%b}' % (envelope.encode(), choices, usage.encode())
+            extra = ends[0].extra
+            body = b'%b"choices":[%b],"usage":%b%b}' % (envelope.encode(), choices, usage.encode(), extra)
             connection.respond(200, body, header)
 
     async def _all_answers(self, questions: list[Question], answers: Streamed | Collected) -> list[Answered]:
@@ -188,27 +231,33 @@ class App:
         self._metrics.prompt_tokens.inc(prompt)
         self._metrics.completion_tokens.inc(completion)
         self._metrics.cached_tokens.inc(cached)
+        told = [end.reasoning_tokens for end in ends if end.reasoning_tokens >= 0]
+        reasoning = f',"completion_tokens_details":{{"reasoning_tokens":{sum(told)}}}' if told else ""
         return (
             f'{{"prompt_tokens":{prompt},"completion_tokens":{completion},"total_tokens":{prompt + completion},'
-            f'"prompt_tokens_details":{{"cached_tokens":{cached}}}}}'
+            f'"prompt_tokens_details":{{"cached_tokens":{cached}}}{reasoning}}}'
         )
 
     # --- the rest -------------------------------------------------------------------------------------------------
 
     async def _models(self, request: Request, connection: Connection) -> None:
         served = self._served
-        model = {
-            "id": served.name,
+        common = {
             "object": "model",
             "created": served.created,
             "owned_by": "baton",
             "max_model_len": served.max_model_len(),
         }
-        connection.respond(200, msgspec.json.encode({"object": "list", "data": [] if self._pool.missing else [model]}))
+        models: list[dict[str, Any]] = [{"id": served.name, **common}]
+        models += [{"id": name, **common, "parent": served.name} for name in served.adapters()]
+        connection.respond(200, msgspec.json.encode({"object": "list", "data": [] if self._pool.unable else models}))
 
     async def _health(self, request: Request, connection: Connection) -> None:
-        if self.draining or self._pool.missing:
-            connection.respond(503, msgspec.json.encode({"status": "unavailable", "reason": self._reason()}))
+        missing = self._pool.missing
+        if self.draining or self._pool.unable:
+            connection.respond(503, msgspec.json.encode({"status": "unavailable", "reason": self._reason(missing)}))
+        elif missing:
+            connection.respond(200, msgspec.json.encode({"status": "degraded", "reason": self._reason(missing)}))
         else:
             connection.respond(200, b'{"status":"ready"}')
 
@@ -218,31 +267,54 @@ class App:
     async def _metrics_page(self, request: Request, connection: Connection) -> None:
         connection.respond(200, self._metrics.page(), content_type=b"text/plain; version=0.0.4; charset=utf-8")
 
-    def _reason(self) -> str:
+    def _reason(self, missing: list[Kind]) -> str:
         if self.draining:
             return "the deployment is stopping"
-        return f"no {' and no '.join(self._pool.missing)} worker is ready"
+        return f"no {' and no '.join(missing)} worker is ready"
+
+
+class Model(msgspec.Struct):
+    """What the frontend reads of a request to a pooling model; it may leave out the name of the only one."""
+
+    model: str | None = None
 
 
 class Generation:
-    """One request for answers: every prompt gets `n` of them."""
+    """One request for answers: every prompt gets `n` of them.
 
-    def __init__(self, shape: Shape, ask: ChatRequest | CompletionRequest, prompts: list[bytes]) -> None:
+    Args:
+        shape: The API.
+        ask: What the frontend has read of the request.
+        fields: All of it.
+        prompts: Packed token ids.
+        echoes: For each prompt its text, where it may have to be said again and is known here.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        ask: ChatRequest | CompletionRequest,
+        fields: dict[str, Any],
+        prompts: list[bytes],
+        echoes: list[str | None],
+    ) -> None:
         self.shape = shape
-        self.ask = ask
+        self.ask: Common = ask
         self.prompts = prompts
         self.choices = ask.n or 1
+        self._echoes = echoes
+        self._options = options(fields)
+        self._logprobs = fields.get("logprobs") not in (None, False)
         self._id = f"{'chatcmpl' if shape is Shape.CHAT else 'cmpl'}-{secrets.token_hex(12)}"
-        self._limits: list[int] = []
 
-    def limit(self, max_model_len: int) -> None:
-        """Decide how many tokens each answer may have.
+    def check(self, max_model_len: int) -> None:
+        """Refuse what cannot fit the context.
 
         Raises:
             ApiError: 400, a prompt leaves no room for an answer.
         """
-        wanted = self.ask.max_tokens
-        if wanted is not None and wanted > max_model_len:
+        wanted = self.ask.limit
+        if wanted > max_model_len:
             raise ApiError(400, f"max_tokens={wanted} is more than the context of {max_model_len} tokens", "max_tokens")
         for prompt in self.prompts:
             tokens = len(prompt) // 4
@@ -253,8 +325,6 @@ class Generation:
                     "and leaves no room for an answer: shorten it",
                     param="messages" if self.shape is Shape.CHAT else "prompt",
                 )
-            room = max_model_len - tokens
-            self._limits.append(room if wanted is None else min(room, wanted))
 
     def envelope(self, model: str) -> str:
         """The beginning of every JSON object of the answer, up to its choices."""
@@ -264,24 +334,37 @@ class Generation:
         quoted = msgspec.json.encode(model).decode()
         return f'{{"id":"{self._id}","object":"{kind}","created":{int(time.time())},"model":{quoted},'
 
-    def questions(self, envelope: str, chunked: bool) -> list[Question]:
+    def questions(self, envelope: str, chunked: bool, adapter: str, dp_rank: int) -> list[Question]:
         """What the workers are asked: each answer is a question of its own, on whichever worker."""
-        sampling = self.ask.sampling()
-        tail = ',"usage":null}' if self.ask.include_usage else "}"
+        ask = self.ask
+        tail = ',"usage":null}' if ask.include_usage and not ask.continuous_usage else "}"
         found = []
         for number, prompt in enumerate(self.prompts):
             for choice in range(self.choices):
                 index = number * self.choices + choice
-                own = sampling | {"max_tokens": self._limits[number]}
-                if choice and self.ask.seed is not None:
-                    own["seed"] = self.ask.seed + choice  # else all n answers would be the same
+                render = Render(
+                    shape=self.shape,
+                    stream=ask.streams,
+                    chunked=chunked,
+                    head=envelope,
+                    tail=tail,
+                    index=index,
+                    usage=ask.continuous_usage,
+                    echo=self._echoes[number],
+                )
                 found.append(
                     Question(
                         request_id=f"{self._id}-{index}",
                         prompt=prompt,
-                        sampling=own,
-                        render=Render(self.shape, self.ask.stream, chunked, envelope, tail, index),
-                        priority=self.ask.priority,
+                        render=render,
+                        options=self._options,
+                        max_tokens=ask.limit,
+                        priority=ask.priority or 0,
+                        adapter=adapter,
+                        dp_rank=dp_rank,
+                        choice=choice,
+                        reads_prompt=ask.reads_prompt,
+                        restarts=self._logprobs and not ask.streams,
                     )
                 )
         return found
@@ -316,3 +399,21 @@ class Collected:
 def framed(payload: bytes, chunked: bool) -> bytes:
     """The payload as a chunk where the client's HTTP version knows chunks."""
     return chunk(payload) if chunked else payload
+
+
+def _id_header(request_id: str) -> bytes:
+    return b"x-request-id: %b\r\n" % request_id.encode("latin-1", "replace")
+
+
+def _dp_rank(request: Request) -> int:
+    """The data-parallel rank that the client names, in vLLM's header; -1 for any.
+
+    Raises:
+        ApiError: 400, it is no number.
+    """
+    given = request.headers.get(DP_RANK_HEADER)
+    if given is None:
+        return -1
+    if not given.isdigit():
+        raise ApiError(400, f"{DP_RANK_HEADER} is a number from 0 on, got {given!r}")
+    return int(given)

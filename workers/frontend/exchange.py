@@ -2,36 +2,55 @@
 
 An aggregated deployment has one leg. A disaggregated one has two: a prefill worker computes the prompt and returns the
 parameters of its KV cache, a decode worker pulls that cache and answers. A prefill's result is used once and in time, or
-not at all: vLLM answers a late or second pull with another prompt's tokens.
+not at all: vLLM answers a late or second pull with another prompt's tokens. Where it is better (`workers.frontend.local`),
+a decode worker computes the prompt itself.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from launch.recipe import Kind
 from workers.frontend.errors import ApiError
 from workers.frontend.links import LOST, Link, Links
+from workers.frontend.local import LocalPrefill, Reason
 from workers.frontend.router import Mode
 from workers.runtime import wire
 
-L = TypeVar("L", wire.End, wire.Prefilled)
+L = TypeVar("L", wire.End, wire.Prefilled, wire.Called)
 ATTEMPTS = 3
+SOURCE_LOST = wire.Failed(0, 503, "the prefill worker was lost before its KV cache was passed on", True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """One prompt and how it is to be answered."""
+    """One prompt and how it is to be answered; `wire.Generate` says what the fields mean.
+
+    `reads_prompt` asks for something that only the engine that computes the prompt can tell. `restarts` asks for something
+    that an answer continued elsewhere would lack, so that it has to begin anew.
+    """
 
     request_id: str
     prompt: bytes
-    sampling: dict[str, Any]
     render: wire.Render
-    priority: int
+    options: bytes = b"{}"
+    max_tokens: int = -1
+    priority: int = 0
+    adapter: str = ""
+    dp_rank: int = -1
+    choice: int = 0
+    reads_prompt: bool = False
+    restarts: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.prompt) // 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,66 +61,178 @@ class Answered:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    reasoning_tokens: int = -1
+    extra: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A worker, and where it has several data-parallel ranks one of them; -1 for the only one."""
+
+    link: Link
+    rank: int = -1
+
+    @property
+    def in_flight(self) -> int:
+        """Streams that this frontend has open there."""
+        return self.link.in_flight(self.rank)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that the engine has queued, of all frontends, as last reported."""
+        return self.link.waiting
 
 
 class Pool:
     """The usable workers, by what they are for."""
 
     def __init__(
-        self, links: Links, choose: dict[Kind, Mode], disaggregated: bool, on_leg: Callable[[Kind], None]
+        self,
+        links: Links,
+        choose: dict[Kind, Mode],
+        disaggregated: bool,
+        on_leg: Callable[[Kind], None],
+        needed: tuple[Kind, ...] | None = None,
+        local: LocalPrefill | None = None,
+        on_local: Callable[[Reason], None] = lambda reason: None,
+        on_resumed: Callable[[], None] = lambda: None,
     ) -> None:
         self._links = links
         self._choose = choose
+        self._needed = needed or ((Kind.PREFILL, Kind.DECODE) if disaggregated else (Kind.AGGREGATED,))
+        self._local = local or LocalPrefill()
         self.disaggregated = disaggregated
         self.on_leg = on_leg
+        self.on_local = on_local
+        self.on_resumed = on_resumed
 
-    def usable(self, kind: Kind) -> list[Link]:
-        """The workers of a kind that may be asked now."""
-        return [link for link in self._links if link.card.kind is kind and link.usable]
+    def usable(self, kind: Kind, adapter: str = "") -> list[Link]:
+        """The workers of a kind that may be asked now, those with the adapter if one is named."""
+        return [
+            link
+            for link in self._links
+            if link.card.kind is kind and link.usable and (not adapter or adapter in link.card.adapters)
+        ]
 
-    def pick(self, kind: Kind, avoid: set[str]) -> Link:
+    def pick(self, kind: Kind, question: Question, avoid: set[str], fingerprint: str = "") -> Target:
         """A worker for a leg, not among those of `avoid` (instances) unless there is no other.
+
+        With a fingerprint, only workers that may pull a KV cache from a worker of that fingerprint.
 
         Raises:
             ApiError: 503, there is none.
         """
-        usable = self.usable(kind)
-        candidates = [link for link in usable if link.card.instance not in avoid] or usable
-        if not candidates:
-            raise ApiError(503, f"no {kind} worker is ready", retry_after_s=1)
-        self.on_leg(kind)
-        return candidates[self._choose[kind](candidates)]
+        usable = self.usable(kind, question.adapter)
+        if fingerprint:
+            usable = [link for link in usable if link.card.fingerprint in ("", fingerprint)]
+        links = [link for link in usable if link.card.instance not in avoid] or usable
+        rank = -1 if kind is Kind.PREFILL else question.dp_rank
+        targets = [target for link in links for target in _targets(link, rank)]
+        if not targets:
+            loaded = f" with the adapter {question.adapter!r}" if question.adapter else ""
+            asked = f" with data-parallel rank {rank}" if rank >= 0 else ""
+            raise ApiError(503, f"no {kind} worker{loaded}{asked} is ready", retry_after_s=1)
+        return targets[self._choose[kind](targets)]
+
+    def local_reason(self, question: Question) -> Reason | None:
+        """Why a decode worker should compute this prompt itself; None when a prefill worker should."""
+        prefills = self.usable(Kind.PREFILL, question.adapter)
+        if not prefills:
+            return Reason.NO_PREFILL
+        if question.reads_prompt:
+            return Reason.READS_PROMPT
+        decodes = self.usable(Kind.DECODE, question.adapter)
+        return self._local.reason(
+            question.tokens, [link.prefilling for link in prefills], [link.prefilling for link in decodes]
+        )
+
+    def crowded(self, question: Question, reason: Reason) -> set[str]:
+        """Instances of decode workers that have no room for this prompt."""
+        if reason is not Reason.LOAD:
+            return set()
+        busy = {link.card.instance: link.prefilling for link in self.usable(Kind.DECODE)}
+        return {name for name, tokens in busy.items() if not self._local.has_room(question.tokens, tokens)}
 
     @property
     def missing(self) -> list[Kind]:
-        """The kinds of worker that are needed to answer and not there."""
-        needed = (Kind.PREFILL, Kind.DECODE) if self.disaggregated else (Kind.AGGREGATED,)
-        return [kind for kind in needed if not self.usable(kind)]
+        """The kinds of worker that belong to the deployment and are not there."""
+        return [kind for kind in self._needed if not self.usable(kind)]
+
+    @property
+    def unable(self) -> list[Kind]:
+        """The kinds of worker without which nothing can be answered, and that are not there."""
+        return [kind for kind in self.missing if kind is not Kind.PREFILL]
+
+    @property
+    def pooling(self) -> bool:
+        """Whether the deployment's model answers with vectors or scores, not with text."""
+        return Kind.EMBEDDING in self._needed
+
+
+def _targets(link: Link, rank: int) -> list[Target]:
+    first, count = link.card.dp_first, link.card.dp_count
+    if rank >= 0:
+        return [Target(link, rank)] if first <= rank < first + count else []
+    return [Target(link, number) for number in range(first, first + count)] if count > 1 else [Target(link)]
 
 
 async def answer(pool: Pool, question: Question, write: Callable[[bytes], None]) -> Answered:
     """Get one question answered; bytes of a stream go to `write` as they come.
 
-    A worker that is lost before anything was written costs another attempt on another worker. Cancelling this coroutine
-    cancels the request at the workers.
+    A worker that is lost costs another attempt on another worker, which goes on where the client's stream was cut.
+    Cancelling this coroutine cancels the request at the workers.
 
     Raises:
         ApiError: The request was refused, or no attempt succeeded.
     """
     avoid: set[str] = set()
+    relay = Relay(write)
     for attempt in range(ATTEMPTS):
-        relay = Relay(write)
         # An engine may still be ending the last attempt under its own id.
         asked = replace(question, request_id=f"{question.request_id}-{attempt}") if attempt else question
         try:
             last = await _attempt(pool, asked, relay, avoid)
         except LegLostError as error:
-            if attempt < ATTEMPTS - 1 and not relay.written:
-                avoid.add(error.instance)
-                continue
-            raise ApiError(error.failed.status, error.failed.message, retry_after_s=1) from error
-        return Answered(last.data, last.prompt_tokens, last.completion_tokens, last.cached_tokens)
+            if attempt == ATTEMPTS - 1:
+                raise ApiError(error.failed.status, error.failed.message, retry_after_s=1) from error
+            avoid.add(error.instance)
+            relay.begin_again(keep=relay.written or not (question.restarts or question.render.stream))
+            if relay.ids:
+                pool.on_resumed()
+        else:
+            return Answered(
+                last.data,
+                last.prompt_tokens,
+                last.completion_tokens,
+                last.cached_tokens,
+                last.reasoning_tokens,
+                last.extra,
+            )
     raise AssertionError("the last attempt returns or raises")
+
+
+async def call(pool: Pool, kind: Kind, request_id: str, route: str, body: bytes, adapter: str) -> wire.Called:
+    """Have a request answered whole by a worker of that kind; a lost one costs another attempt.
+
+    Raises:
+        ApiError: The request was refused, or no attempt succeeded.
+    """
+    avoid: set[str] = set()
+    nobody = Question(request_id=request_id, prompt=b"", render=NOTHING, adapter=adapter)
+    for attempt in range(ATTEMPTS):
+        target = pool.pick(kind, nobody, avoid)
+        pool.on_leg(kind)
+        relay = Relay(lambda data: None)
+        try:
+            return await _run(target, relay, lambda stream: wire.Call(stream, request_id, route, body), wire.Called)
+        except LegLostError as error:
+            if attempt == ATTEMPTS - 1:
+                raise ApiError(error.failed.status, error.failed.message, retry_after_s=1) from error
+            avoid.add(error.instance)
+    raise AssertionError("the last attempt returns or raises")
+
+
+NOTHING = wire.Render(wire.Shape.COMPLETION, False, False, "", "", 0)
 
 
 class LegLostError(Exception):
@@ -119,20 +250,39 @@ class Relay:
     def __init__(self, write: Callable[[bytes], None]) -> None:
         self.ids = bytearray()
         self.written = False
-        self.last: asyncio.Future[wire.End | wire.Prefilled | wire.Failed] = asyncio.get_running_loop().create_future()
+        self.last = _future()
+        self.on_begun: Callable[[], None] | None = None
         self._write = write
 
     def feed(self, ids: bytes, data: bytes) -> None:
         """Called for every token: this is the relay's whole work."""
         self.ids += ids
+        if self.on_begun is not None:
+            self._begin()
         if data:
             self.written = True
             self._write(data)
 
-    def end(self, last: wire.End | wire.Prefilled | wire.Failed) -> None:
+    def end(self, last: wire.LastWord) -> None:
         """The last word on the stream."""
         if not self.last.done():
             self.last.set_result(last)
+
+    def begin_again(self, keep: bool) -> None:
+        """Be ready for another attempt, which goes on after the ids so far, or from nothing."""
+        if not keep:
+            self.ids.clear()
+        self.last = _future()
+        self.on_begun = None
+
+    def _begin(self) -> None:
+        on_begun, self.on_begun = self.on_begun, None
+        if on_begun is not None:
+            on_begun()
+
+
+def _future() -> asyncio.Future[wire.LastWord]:
+    return asyncio.get_running_loop().create_future()
 
 
 class Releaser:
@@ -145,7 +295,7 @@ class Releaser:
     def feed(self, ids: bytes, data: bytes) -> None:
         """A prefill has no deltas."""
 
-    def end(self, last: wire.End | wire.Prefilled | wire.Failed) -> None:
+    def end(self, last: wire.LastWord) -> None:
         """The last word: a result, or that there is none."""
         if isinstance(last, wire.Prefilled):
             _release(self._pool, self._question, last.transfer)
@@ -153,66 +303,126 @@ class Releaser:
 
 async def _attempt(pool: Pool, question: Question, relay: Relay, avoid: set[str]) -> wire.End:
     if not pool.disaggregated:
-        link = pool.pick(Kind.AGGREGATED, avoid)
-        return await _run(link, question, relay, wire.Leg.WHOLE, wire.End)
-    prefilled = await _prefill(pool, question, avoid)
+        return await _whole(pool, Kind.AGGREGATED, question, relay, avoid)
+    reason = pool.local_reason(question)
+    if reason is not None:
+        pool.on_local(reason)
+        return await _whole(pool, Kind.DECODE, question, relay, avoid | pool.crowded(question, reason))
+    source, prefilled = await _prefill(pool, question, relay, avoid)
     try:
-        link = pool.pick(Kind.DECODE, avoid)
+        target = pool.pick(Kind.DECODE, question, avoid, source.card.fingerprint)
         if time.time() > prefilled.expires_at:
             raise LegLostError(wire.Failed(0, 503, "the prefill expired, or the nodes' clocks differ", True), "")
     except (ApiError, LegLostError):
         _release(pool, question, prefilled.transfer)
         raise
+    pool.on_leg(Kind.DECODE)
+
+    def build(stream: int) -> wire.Generate:
+        return _generate(stream, question, relay, wire.Leg.DECODE, target.rank, prefilled)
+
     # From here on the transfer belongs to the decode worker, which uses it or releases it.
-    last = await _run(link, question, relay, wire.Leg.DECODE, wire.End, prefilled)
+    last = await _run(target, relay, build, wire.End, source=source)
     # The decode side's own count is unreliable after a pull (vLLM 0.32); the prefill side knows.
-    last.cached_tokens = prefilled.cached_tokens
+    last.cached_tokens = min(prefilled.cached_tokens, last.prompt_tokens)
     return last
 
 
-async def _prefill(pool: Pool, question: Question, avoid: set[str]) -> wire.Prefilled:
+async def _whole(pool: Pool, kind: Kind, question: Question, relay: Relay, avoid: set[str]) -> wire.End:
+    """The only leg of a request: prompt and answer on one worker."""
+    target = pool.pick(kind, question, avoid)
+    pool.on_leg(kind)
+
+    def build(stream: int) -> wire.Generate:
+        return _generate(stream, question, relay, wire.Leg.WHOLE, target.rank)
+
+    return await _run(target, relay, build, wire.End, tokens=question.tokens)
+
+
+async def _prefill(pool: Pool, question: Question, relay: Relay, avoid: set[str]) -> tuple[Link, wire.Prefilled]:
     """The prefill leg. When the client leaves during it, its result is released as soon as it is there."""
-    link = pool.pick(Kind.PREFILL, avoid)
+    target = pool.pick(Kind.PREFILL, question, avoid)
+    pool.on_leg(Kind.PREFILL)
+
+    def build(stream: int) -> wire.Generate:
+        return _generate(stream, question, relay, wire.Leg.PREFILL, target.rank)
+
+    own = Relay(lambda data: None)
     unwanted = Releaser(pool, question)
-    return await _run(link, question, Relay(lambda data: None), wire.Leg.PREFILL, wire.Prefilled, unwanted=unwanted)
+    return target.link, await _run(target, own, build, wire.Prefilled, tokens=question.tokens, unwanted=unwanted)
 
 
-async def _run(
-    link: Link,
+def _generate(
+    stream: int,
     question: Question,
     relay: Relay,
     leg: wire.Leg,
-    expected: type[L],
+    rank: int,
     prefilled: wire.Prefilled | None = None,
-    unwanted: Releaser | None = None,
-) -> L:
-    def build(stream: int) -> wire.Generate:
-        return wire.Generate(
-            stream=stream,
-            leg=leg,
-            request_id=question.request_id,
-            prompt=question.prompt,
-            produced=b"",
-            sampling=question.sampling,
-            render=None if leg is wire.Leg.PREFILL else question.render,
-            transfer=prefilled.transfer if prefilled else b"",
-            expires_at=prefilled.expires_at if prefilled else 0.0,
-            priority=question.priority,
-        )
+) -> wire.Generate:
+    return wire.Generate(
+        stream=stream,
+        leg=leg,
+        request_id=question.request_id,
+        prompt=question.prompt,
+        produced=bytes(relay.ids),
+        options=question.options,
+        max_tokens=question.max_tokens,
+        render=question.render,
+        transfer=prefilled.transfer if prefilled else b"",
+        expires_at=prefilled.expires_at if prefilled else 0.0,
+        priority=question.priority,
+        adapter=question.adapter,
+        dp_rank=rank,
+        choice=question.choice,
+    )
 
-    number = link.open(build, relay)
+
+async def _run(
+    target: Target,
+    relay: Relay,
+    build: Callable[[int], wire.Generate | wire.Call],
+    expected: type[L],
+    tokens: int = 0,
+    unwanted: Releaser | None = None,
+    source: Link | None = None,
+) -> L:
+    """Run one leg to its last word.
+
+    Args:
+        target: Who serves it.
+        relay: Where it goes.
+        build: Makes the message for a stream number.
+        expected: The last word that is success.
+        tokens: Prompt tokens that the worker computes first.
+        unwanted: Takes the last word if nobody waits for it any more.
+        source: The prefill worker whose KV cache is pulled: an engine waits for ever for one that hangs (vLLM 0.32).
+
+    Raises:
+        LegLostError: The worker or the source was lost.
+        ApiError: The worker refused the request.
+    """
+    link = target.link
+    number = link.open(build, relay, target.rank, tokens)
     if number is None:
         raise LegLostError(LOST, link.card.instance)
+    relay.on_begun = lambda: link.begun(number)
+
+    def source_lost() -> None:
+        if relay.on_begun is not None:  # once it answers, it has pulled
+            relay.end(SOURCE_LOST)
+
     try:
-        last = await relay.last
+        with source.watched(source_lost) if source else contextlib.nullcontext():
+            last = await relay.last
     finally:
         link.cancel(number, unwanted)  # does nothing when the stream has ended
     if isinstance(last, expected):
         return last
     assert isinstance(last, wire.Failed)
     if last.retryable:
-        raise LegLostError(last, link.card.instance)
-    raise ApiError(last.status, last.message)
+        raise LegLostError(last, source.card.instance if source and last is SOURCE_LOST else link.card.instance)
+    raise ApiError(last.status, last.message, param=last.param)
 
 
 def _release(pool: Pool, question: Question, transfer: bytes) -> None:

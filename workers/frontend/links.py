@@ -8,9 +8,11 @@ data); it is forgotten once it is both unlisted and silent.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -37,7 +39,7 @@ class Sink(Protocol):
         """New token ids, and bytes for the client."""
         ...
 
-    def end(self, last: wire.End | wire.Prefilled | wire.Failed) -> None:
+    def end(self, last: wire.LastWord) -> None:
         """The last word on the stream."""
         ...
 
@@ -58,6 +60,11 @@ class Link:
         self._waiting = (0, 0.0)
         self._session = 0
         self._streams: dict[int, Sink] = {}
+        self._costs: dict[int, tuple[int, int]] = {}
+        self._running: Counter[int] = Counter()
+        self._watchers: list[Callable[[], None]] = []
+        self.prefilling = 0
+        """Prompt tokens of this frontend's requests that the worker has yet to compute, as far as is known here."""
         self._numbers = itertools.count(1)
         self._stall_timeout_s = stall_timeout_s
         self._on_change = on_change
@@ -78,10 +85,9 @@ class Link:
         """Whether nothing was heard for the stall timeout."""
         return time.monotonic() - self._heard > self._stall_timeout_s
 
-    @property
-    def in_flight(self) -> int:
-        """Streams of this frontend that the worker is serving."""
-        return len(self._streams)
+    def in_flight(self, rank: int) -> int:
+        """Streams of this frontend that a data-parallel rank of the worker is serving; -1 counts those of all ranks."""
+        return len(self._streams) if rank < 0 else self._running[rank]
 
     @property
     def waiting(self) -> int:
@@ -93,8 +99,16 @@ class Link:
         """Keep what the worker reported of its load."""
         self._waiting = (waiting, time.monotonic())
 
-    def open(self, build: Callable[[int], wire.Generate], sink: Sink) -> int | None:
+    def open(
+        self, build: Callable[[int], wire.Generate | wire.Call], sink: Sink, rank: int = -1, tokens: int = 0
+    ) -> int | None:
         """Send a request for a new stream, whose number `build` is given; what comes back goes to the sink.
+
+        Args:
+            build: Makes the message.
+            sink: Gets what the worker says.
+            rank: The data-parallel rank that it is for; -1 for any.
+            tokens: Prompt tokens that the worker computes before it answers.
 
         Returns the number, or None when the request could not be sent.
         """
@@ -103,11 +117,30 @@ class Link:
         if not self._socket.send([message]):
             return None
         self._streams[number] = sink
+        self._costs[number] = (rank, tokens)
+        self._running[rank] += 1
+        self.prefilling += tokens
         return number
+
+    def begun(self, number: int) -> None:
+        """The stream's prompt is computed: it no longer counts as work that others wait for."""
+        if number in self._costs:
+            rank, tokens = self._costs[number]
+            self.prefilling -= tokens
+            self._costs[number] = (rank, 0)
+
+    @contextlib.contextmanager
+    def watched(self, on_lost: Callable[[], None]) -> Iterator[None]:
+        """Call `on_lost` if the worker is lost within the block."""
+        self._watchers.append(on_lost)
+        try:
+            yield
+        finally:
+            self._watchers.remove(on_lost)
 
     def cancel(self, number: int, last: Sink | None = None) -> None:
         """Nobody waits for a stream any more; does nothing if it has ended. `last` still gets its last word."""
-        if self._streams.pop(number, None):
+        if self._forget(number):
             if last is not None:
                 self._streams[number] = last
             self._socket.send([wire.encode(wire.Cancel(number))])
@@ -131,6 +164,8 @@ class Link:
         for number in list(self._streams):
             self._socket.send([wire.encode(wire.Cancel(number))])
             self._end(number, failed)
+        for on_lost in list(self._watchers):
+            on_lost()
 
     def close(self) -> None:
         """End the link and its streams."""
@@ -181,11 +216,7 @@ class Link:
             sink = streams.get(number)
             if sink is not None:
                 sink.feed(ids, data)
-        words: tuple[wire.End | wire.Prefilled | wire.Failed, ...] = (
-            *message.ends,
-            *message.prefilled,
-            *message.failed,
-        )
+        words: tuple[wire.LastWord, ...] = (*message.ends, *message.prefilled, *message.failed, *message.called)
         for last in words:
             self._end(last.stream, last)
 
@@ -204,10 +235,18 @@ class Link:
             self._serving = serving
             self._on_change()
 
-    def _end(self, number: int, last: wire.End | wire.Prefilled | wire.Failed) -> None:
-        sink = self._streams.pop(number, None)
+    def _end(self, number: int, last: wire.LastWord) -> None:
+        sink = self._forget(number)
         if sink is not None:
             sink.end(last)
+
+    def _forget(self, number: int) -> Sink | None:
+        sink = self._streams.pop(number, None)
+        rank, tokens = self._costs.pop(number, (None, 0))
+        if rank is not None:
+            self._running[rank] -= 1
+            self.prefilling -= tokens
+        return sink
 
 
 class Links:
@@ -227,10 +266,13 @@ class Links:
         """Follow what etcd lists: connect to new instances, mark those that are no longer listed."""
         listed = {card.instance: card for card in cards.values()}
         for instance, card in listed.items():
-            if instance not in self._links:
-                self._links[instance] = Link(
-                    card, self._context, self._curve_server, self._stall_timeout_s, self._on_change
-                )
+            link = self._links.get(instance)
+            if link is not None:
+                link.card = card  # the same worker may say more of itself than before: adapters, for one
+                continue
+            self._links[instance] = Link(
+                card, self._context, self._curve_server, self._stall_timeout_s, self._on_change
+            )
         for instance, link in self._links.items():
             link.listed = instance in listed
         self._on_change()

@@ -21,6 +21,17 @@ class Metrics:
             ("kind",),
             registry=self.registry,
         )
+        self.local_prefills = Counter(
+            "baton_frontend_local_prefills_total",
+            "Prompts that a decode worker computed itself, by reason.",
+            ("reason",),
+            registry=self.registry,
+        )
+        self.resumed = Counter(
+            "baton_frontend_resumed_answers_total",
+            "Answers that another worker went on with after theirs was lost.",
+            registry=self.registry,
+        )
         self.prompt_tokens = Counter(
             "baton_frontend_prompt_tokens_total", "Tokens of the prompts that were answered.", registry=self.registry
         )

@@ -1,7 +1,7 @@
-"""What clients may send (OpenAI's chat completions and completions, with vLLM's further sampling parameters).
+"""What clients may send (OpenAI's chat completions and completions, with vLLM's further parameters).
 
-Unknown fields are ignored, as OpenAI's and vLLM's servers do. Known fields that are not served yet are refused rather than
-ignored: an answer without the asked-for property is a wrong answer.
+The frontend reads what it needs itself: the prompt, how many answers, how long, streamed or not. Everything else travels on
+as it came, and the worker reads it with vLLM's own request classes: they know every parameter, its range and its meaning.
 """
 
 from __future__ import annotations
@@ -12,87 +12,84 @@ import msgspec
 
 from workers.frontend.errors import ApiError
 
-T = TypeVar("T")
+T = TypeVar("T", bound=msgspec.Struct)
 
-# Sent to the engine under the same name when the client gives them; the engine checks their ranges.
-SAMPLING = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "stop",
-    "stop_token_ids",
-    "min_tokens",
-    "ignore_eos",
-    "include_stop_str_in_output",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
-    "bad_words",
-)
 MAX_CHOICES = 64
 # What travels in a message; how much of it a parameter may use is the engine's to check.
 Word = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
+# Dealt with here, or meaningless to a worker.
+OWN = frozenset(
+    (
+        *("model", "messages", "prompt", "stream", "stream_options", "n", "max_tokens", "max_completion_tokens"),
+        *("user", "metadata", "store", "service_tier", "request_id", "priority", "best_of", "suffix"),
+    )
+)
+# vLLM's server can do these and we cannot yet: an answer without the asked-for property is a wrong answer.
+UNSERVED = ("use_beam_search", "suffix", "truncate_prompt_tokens", "prompt_embeds", "documents", "return_prompt_text")
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
     """`stream_options`."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
 
 
 class Common(msgspec.Struct, kw_only=True):
-    """What both APIs take."""
+    """What both APIs take and the frontend reads."""
 
     model: str
-    stream: bool = False
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
+    max_tokens: Word | None | msgspec.UnsetType = msgspec.UNSET
     n: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Word | None = None
-    min_p: float | None = None
     seed: Word | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[Word] | None = None
-    min_tokens: Word | None = None
-    ignore_eos: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None
-    bad_words: list[str] | None = None
-    priority: Word = 0
-    logit_bias: dict[str, float] | None = None
+    priority: Word | None = 0
+    echo: bool | None = False
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template: Any = None
 
-    def sampling(self) -> dict[str, Any]:
-        """The sampling parameters that the client gave."""
-        given = ((name, getattr(self, name)) for name in SAMPLING)
-        return {name: value for name, value in given if value is not None}
+    @property
+    def streams(self) -> bool:
+        """Whether the answer comes as events."""
+        return bool(self.stream)
 
     @property
     def include_usage(self) -> bool:
         """Whether the stream ends with a chunk of usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def refuse_unserved(self, names: tuple[str, ...]) -> None:
-        """Refuse the fields of those names when they are given.
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every event says the usage so far."""
+        return (
+            self.include_usage and self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+        )
+
+    @property
+    def limit(self) -> int:
+        """Tokens that each answer may have; -1 for as many as fit."""
+        return self.max_tokens if isinstance(self.max_tokens, int) else -1
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether something is asked about the prompt's own tokens, which only the engine that computes it can tell."""
+        return self.prompt_logprobs is not None
+
+    def refuse(self, fields: dict[str, Any]) -> None:
+        """Refuse what cannot be served.
 
         Raises:
             ApiError: 400, naming the field.
         """
-        for name in names:
-            if getattr(self, name):
-                raise ApiError(400, f"{name} is not supported yet", param=name)
+        for name in UNSERVED:
+            if fields.get(name):
+                raise ApiError(400, f"{name} is not supported", param=name)
         if not 1 <= (1 if self.n is None else self.n) <= MAX_CHOICES:
             raise ApiError(400, f"n must be between 1 and {MAX_CHOICES}, got {self.n}", param="n")
-        if self.max_tokens is not None and self.max_tokens < 1:
+        if self.limit < (0 if self.echo else 1) and self.limit != -1 or (self.max_tokens == -1):
             raise ApiError(400, f"max_tokens must be at least 1, got {self.max_tokens}", param="max_tokens")
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is only allowed with stream=true", param="stream_options")
@@ -102,47 +99,68 @@ class ChatRequest(Common, kw_only=True):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Word | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    logprobs: bool | None = None
-    tools: list[Any] | None = None
-    response_format: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
 
-    def check(self) -> None:
+    def check(self, fields: dict[str, Any]) -> None:
         """Refuse what cannot be served.
 
         Raises:
             ApiError: 400, naming the field.
         """
-        if self.response_format == {"type": "text"}:
-            self.response_format = None
         if self.max_completion_tokens is not None:
             self.max_tokens = self.max_completion_tokens
-        self.refuse_unserved(("logprobs", "tools", "response_format", "logit_bias"))
+        if self.chat_template is not None:
+            raise ApiError(400, "a chat template of the client's own is not taken", param="chat_template")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ApiError(
+                400,
+                "continue_final_message does not go with add_generation_prompt: set add_generation_prompt=false",
+                param="continue_final_message",
+            )
+        self.refuse(fields)
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template may use beside the messages, as vLLM 0.32 puts it together."""
+        effort = self.reasoning_effort
+        more = {"add_generation_prompt": self.add_generation_prompt, "reasoning_effort": effort}
+        given = self.chat_template_kwargs or {}
+        if effort is not None and "enable_thinking" not in given:
+            more["enable_thinking"] = effort != "none"
+        return given | {name: value for name, value in more.items() if value is not None}
 
 
 class CompletionRequest(Common, kw_only=True):
     """POST /v1/completions."""
 
     prompt: str | list[Any]
-    echo: bool = False
-    suffix: str | None = None
     best_of: int | None = None
     logprobs: int | None = None
 
-    def check(self) -> None:
+    def check(self, fields: dict[str, Any]) -> None:
         """Refuse what cannot be served.
 
         Raises:
             ApiError: 400, naming the field.
         """
-        if self.best_of == (self.n or 1):
-            self.best_of = None
-        self.refuse_unserved(("echo", "suffix", "best_of", "logit_bias"))
-        if self.logprobs is not None:
-            raise ApiError(400, "logprobs is not supported yet", param="logprobs")
+        if self.max_tokens is msgspec.UNSET:
+            self.max_tokens = COMPLETION_MAX_TOKENS
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ApiError(400, "best_of is not supported", param="best_of")
+        self.refuse(fields)
         if not self.prompt:
             raise ApiError(400, "prompt must not be empty", param="prompt")
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether something is asked about the prompt's own tokens, which only the engine that computes it can tell."""
+        return self.prompt_logprobs is not None or bool(self.echo and self.logprobs is not None)
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts, each text or token ids.
@@ -165,17 +183,36 @@ class CompletionRequest(Common, kw_only=True):
         )
 
 
-def parse(body: bytes, kind: type[T]) -> T:
-    """Read a request body.
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions
+
+
+def parse(body: bytes, kind: type[T]) -> tuple[T, dict[str, Any]]:
+    """Read a request body: what the frontend needs of it, and all its fields.
 
     Raises:
         ApiError: 400, saying where the body is wrong.
     """
     try:
-        return msgspec.json.decode(body, type=kind)
+        fields = msgspec.json.decode(body, type=dict[str, Any])
+        return msgspec.convert(fields, type=kind), fields
     except msgspec.ValidationError as error:
         message, _, where = str(error).partition(" - at `$")
         param = where.rstrip("`").lstrip(".") or None
         raise ApiError(400, f"{message}{f' at {param}' if param else ''}", param=param) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
+
+
+def options(fields: dict[str, Any]) -> bytes:
+    """What travels on to the worker.
+
+    Raises:
+        ApiError: 400, a number is too large for any parameter.
+    """
+    passed = {name: value for name, value in fields.items() if name not in OWN}
+    if fields.get("tools"):
+        passed["messages"] = fields["messages"]  # some parsers number tool calls on from those of the conversation
+    try:
+        return msgspec.json.encode(passed)
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise ApiError(400, f"the request has a value beyond all bounds: {error}") from error

@@ -14,7 +14,6 @@ import sys
 from array import array
 from collections.abc import Iterable
 from enum import StrEnum
-from typing import Any
 
 import msgspec
 
@@ -37,8 +36,9 @@ class Shape(StrEnum):
 class Render(msgspec.Struct, array_like=True):
     """How a worker writes the answer.
 
-    With `stream`, every delta becomes one server-sent event `data: {<head>,"choices":[...]<tail>}`, framed as an HTTP/1.1
-    chunk when `chunked`. Without, the End carries one finished JSON object of the `choices` list.
+    With `stream`, every delta becomes one server-sent event `data: {<head>,"choices":[...]<tail>`, framed as an HTTP/1.1
+    chunk when `chunked`; with `usage` each event counts the tokens so far, between its choices and the tail. Without
+    `stream`, the End carries one finished JSON object of the `choices` list. `echo` opens the answer.
     """
 
     shape: Shape
@@ -47,10 +47,16 @@ class Render(msgspec.Struct, array_like=True):
     head: str
     tail: str
     index: int
+    usage: bool = False
+    echo: str | None = None
 
 
 class Generate(msgspec.Struct, array_like=True, tag="g"):
     """Ask a worker for a leg of a request.
+
+    `options` is a JSON object: what the client asked for, under the names of its API, less what the frontend itself has
+    dealt with. The worker reads it with vLLM's own request classes. `max_tokens` -1 stands for as many as fit. `choice` is
+    the number of the answer among those to one prompt: a seed is shifted by it.
 
     `produced` are ids that another worker already answered with: they belong to the prompt of the engine, but neither to
     the prompt of the client nor to what is rendered again. `transfer` is what the prefill worker returned, unread; it is
@@ -62,11 +68,24 @@ class Generate(msgspec.Struct, array_like=True, tag="g"):
     request_id: str
     prompt: bytes
     produced: bytes
-    sampling: dict[str, Any]
-    render: Render | None
+    options: bytes
+    max_tokens: int
+    render: Render
     transfer: bytes = b""
     expires_at: float = 0.0
     priority: int = 0
+    adapter: str = ""
+    dp_rank: int = -1
+    choice: int = 0
+
+
+class Call(msgspec.Struct, array_like=True, tag="f"):
+    """Ask a worker for what is answered whole (embeddings, scores): the client's body, for one of vLLM's own routes."""
+
+    stream: int
+    request_id: str
+    route: str
+    body: bytes
 
 
 class Cancel(msgspec.Struct, array_like=True, tag="c"):
@@ -87,7 +106,11 @@ class Ping(msgspec.Struct, array_like=True, tag="p"):
 
 
 class End(msgspec.Struct, array_like=True):
-    """The last word on a stream that was served."""
+    """The last word on a stream that was served.
+
+    `extra` are JSON members for the top of a unary answer, each led by a comma. `reasoning_tokens` is -1 where nothing
+    tells reasoning from the rest.
+    """
 
     stream: int
     reason: str
@@ -96,6 +119,8 @@ class End(msgspec.Struct, array_like=True):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    reasoning_tokens: int = -1
+    extra: bytes = b""
 
 
 class Prefilled(msgspec.Struct, array_like=True):
@@ -108,6 +133,16 @@ class Prefilled(msgspec.Struct, array_like=True):
     cached_tokens: int
 
 
+class Called(msgspec.Struct, array_like=True):
+    """The answer to a Call: the body for the client, whatever its status."""
+
+    stream: int
+    status: int
+    body: bytes
+    content_type: str
+    prompt_tokens: int
+
+
 class Failed(msgspec.Struct, array_like=True):
     """The last word on a stream that could not be served; `retryable` if another worker might do it."""
 
@@ -115,6 +150,7 @@ class Failed(msgspec.Struct, array_like=True):
     status: int
     message: str
     retryable: bool
+    param: str | None = None
 
 
 class Step(msgspec.Struct, array_like=True, tag="s"):
@@ -124,6 +160,7 @@ class Step(msgspec.Struct, array_like=True, tag="s"):
     ends: list[End] = []
     prefilled: list[Prefilled] = []
     failed: list[Failed] = []
+    called: list[Called] = []
 
 
 class Beat(msgspec.Struct, array_like=True, tag="b"):
@@ -138,7 +175,8 @@ class Beat(msgspec.Struct, array_like=True, tag="b"):
     progress: int
 
 
-ToWorker = Generate | Cancel | Release | Ping
+LastWord = End | Prefilled | Failed | Called
+ToWorker = Generate | Call | Cancel | Release | Ping
 ToFrontend = Step | Beat
 
 encode = msgspec.msgpack.Encoder().encode
