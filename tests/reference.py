@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,30 +146,32 @@ def ask_all(client: OpenAI, texts: tuple[str, ...], ask: Any, stream: bool, at_o
         return tuple(pool.map(lambda text: ask(client, text, stream), texts))
 
 
-def reference_answers(model: Path, folder: Path) -> Reference:
-    """Start vLLM's API server, collect its answers, end it."""
+@contextlib.contextmanager
+def plain_vllm(model: Path, folder: Path, **arguments: str) -> Iterator[str]:
+    """vLLM's own API server on the model; yields its base URL. `arguments` are more of its options, "" for a flag."""
     port = next(port for port in range(33000, 34000) if is_free(port))
-    arguments = {
+    options = {
         "model": str(model),
-        "served-model-name": MODEL,
+        "served_model_name": MODEL,
         "host": "127.0.0.1",
         "port": str(port),
         "dtype": "float32",
-        "max-model-len": "4096",
-        "block-size": "32",
-        "kv-cache-memory-bytes": str(128 << 20),
-        "max-num-seqs": "32",
+        "max_model_len": "4096",
+        "block_size": "32",
+        "kv_cache_memory_bytes": str(128 << 20),
+        "max_num_seqs": "32",
+        "enforce_eager": "",
     }
-    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
-    argv += [f"--{name}={value}" for name, value in arguments.items()]
+    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    for name, value in (options | arguments).items():
+        flag = f"--{name.replace('_', '-')}"
+        argv.append(f"{flag}={value}" if value else flag)
     with (folder / "vllm.log").open("w") as log:
         env = {**os.environ, **CPU_ENV, "TMPDIR": str(folder)}
         server = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
     try:
         _wait_until_up(server, port, folder / "vllm.log")
-        texts = prompts(model)
-        with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120) as client:
-            return Reference(texts, ask_all(client, texts, complete, False), ask_all(client, texts, chat, False))
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
         try:
@@ -175,6 +179,16 @@ def reference_answers(model: Path, folder: Path) -> Reference:
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, 9)
             server.wait()
+
+
+def reference_answers(model: Path, folder: Path) -> Reference:
+    """Start vLLM's API server, collect its answers, end it."""
+    texts = prompts(model)
+    with (
+        plain_vllm(model, folder) as base,
+        OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0, timeout=120) as client,
+    ):
+        return Reference(texts, ask_all(client, texts, complete, False), ask_all(client, texts, chat, False))
 
 
 def _wait_until_up(server: subprocess.Popen[bytes], port: int, log: Path) -> None:

@@ -30,7 +30,7 @@ class Piece:
     members: bytes = NO_MEMBERS
     """Further JSON members of the choice."""
     extra: bytes = b""
-    """JSON members for the top of a unary answer, each led by a comma; on the last piece."""
+    """JSON members for the top of the answer, each led by a comma: on the first piece of a stream, else on the last."""
     reasoning_tokens: int = -1
     """On the last piece: how many of the tokens were reasoning; -1 where nothing tells."""
 

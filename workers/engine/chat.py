@@ -140,7 +140,7 @@ class Chat:
         required = request.tool_choice == "required"
         if not (named or required or (auto and request.tools and request.tool_choice in (None, "auto"))):
             calls = None
-        message: dict[str, Any] = {"role": "assistant", "content": echo + content if content and echo else content}
+        message: dict[str, Any] = {"role": "assistant", "content": echo + (content or "") if echo else content}
         if reasoning is not None and request.include_reasoning:
             message["reasoning"] = reasoning
         if calls:

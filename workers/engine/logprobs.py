@@ -56,19 +56,9 @@ def of_completion(
     return bytes(found.model_dump_json().encode()), after
 
 
-def of_prompt(tops: Sequence[Any] | None) -> bytes:
+def of_prompt(tops: Sequence[Any]) -> bytes:
     """The `prompt_logprobs` of a choice: for each token of the prompt a map from token id to what was found."""
-    clamped = clamp_prompt_logprobs(list(tops)) if tops is not None else None
+    clamped = clamp_prompt_logprobs(list(tops))
     return msgspec.json.encode(
-        None
-        if clamped is None
-        else [
-            None
-            if at is None
-            else {
-                str(token): {"logprob": one.logprob, "rank": one.rank, "decoded_token": one.decoded_token}
-                for token, one in at.items()
-            }
-            for at in clamped
-        ]
+        [None if at is None else {str(token): one for token, one in at.items()} for at in clamped]
     )

@@ -28,7 +28,7 @@ class Choice:
         self._chat = render.shape is Shape.CHAT
         self._render = render
         self._head = b"data: " + render.head.encode() + b'"choices":[{"index":%d,' % render.index
-        self._tail = b"}]" + render.tail.encode() + b"\n\n"
+        self._tail = render.tail.encode() + b"\n\n"
         self._text: list[str] = []
         self._opened = bool(produced) or not self._chat
         self._prompt_tokens = prompt_tokens
@@ -40,7 +40,7 @@ class Choice:
             self._text.append(piece.text)
             return b""
         silent = not piece.message if piece.message is not None else not piece.text and piece.members == NO_MEMBERS
-        opening = b"" if silent else self._opening()
+        opening = b"" if silent else self._opening(piece.extra)
         self._tokens += len(piece.ids)
         return b"" if silent else opening + self._event(self._content(piece), piece.members, NULL, NULL)
 
@@ -48,7 +48,7 @@ class Choice:
         """Bytes for the client at the end: the last event, or the whole choice of a unary answer."""
         reason, stop = _json(piece.finish), _json(piece.stop_reason)
         if self._render.stream:
-            opening = self._opening()
+            opening = self._opening(piece.extra)
             self._tokens += len(piece.ids)
             return opening + self._event(self._content(piece), piece.members, reason, stop)
         whole = _json("".join((*self._text, piece.text)))
@@ -64,12 +64,12 @@ class Choice:
             stop,
         )
 
-    def _opening(self) -> bytes:
-        """The event that opens a chat stream, once."""
+    def _opening(self, extra: bytes) -> bytes:
+        """The event that opens a chat stream, once; with `extra` at its top."""
         if self._opened:
             return b""
         self._opened = True
-        return self._event(b'"delta":{"role":"assistant","content":""}', NO_MEMBERS, NULL, None)
+        return self._event(b'"delta":{"role":"assistant","content":""}', NO_MEMBERS, NULL, None, extra)
 
     def _content(self, piece: Piece) -> bytes:
         if not self._chat:
@@ -78,19 +78,15 @@ class Choice:
             return b'"delta":' + (piece.message or b"{}")
         return b'"delta":{"content":%b}' % _json(piece.text) if piece.text else b'"delta":{}'
 
-    def _event(self, body: bytes, members: bytes, reason: bytes, stop: bytes | None) -> bytes:
+    def _event(self, body: bytes, members: bytes, reason: bytes, stop: bytes | None, extra: bytes = b"") -> bytes:
         more = members + b',"finish_reason":' + reason
         if stop is not None and stop != NULL:
             more += b',"stop_reason":' + stop
         tail = self._tail
         if self._render.usage:
-            total = self._prompt_tokens + self._tokens
-            tail = b'}],"usage":{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}}\n\n' % (
-                self._prompt_tokens,
-                self._tokens,
-                total,
-            )
-        event = self._head + body + b"," + more + tail
+            counts = (self._prompt_tokens, self._tokens, self._prompt_tokens + self._tokens)
+            tail = b',"usage":{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}}\n\n' % counts
+        event = self._head + body + b"," + more + b"}]" + extra + tail
         return chunk(event) if self._render.chunked else event
 
 

@@ -93,7 +93,7 @@ class VllmRequest:
                 finish, stop = "stop", matched
             if not self._ask.render.stream and not self._ids:
                 text = self._continued.said + text
-        if output.prompt_logprobs is not None:
+        if output.prompt_logprobs:  # with the first output only
             self._prompt_tops = output.prompt_logprobs
         piece = Piece(ids, text, finish, stop, output.num_cached_tokens or 0, output.kv_transfer_params)
         first, self._begun = not self._begun, True
@@ -120,6 +120,7 @@ class VllmRequest:
         wanted = ask.max_tokens if ask.max_tokens >= 0 else defaults.get("max_tokens", room)
         sampling = self.request.to_sampling_params(min(wanted, room), defaults)
         sampling.output_kind = RequestOutputKind.DELTA
+        sampling.n = 1  # each of n answers is a leg of its own
         if ask.choice and sampling.seed is not None:
             sampling.seed += ask.choice  # else all n answers would be the same
         return sampling
@@ -174,8 +175,12 @@ class VllmRequest:
         if self._chat:
             self._chat.read(piece, piece.text, list(piece.ids), self._ask.prompt)
         self._add_members(piece, piece.ids, *(self._with_prompt(piece.ids, tops) if first else (piece.ids, tops)))
-        if first and self.request.return_token_ids and not self._chat:
-            piece.members += b',"prompt_token_ids":' + _json(self._ask.prompt)
+        if first and (self.request.return_token_ids or (self.request.echo and not self._chat)):
+            told = b',"prompt_token_ids":' + _json(self._ask.prompt)
+            if self._chat:
+                piece.extra = told
+            else:
+                piece.members += told
         if piece.message == b"" and (piece.finish is not None or piece.members != NO_MEMBERS):
             piece.message = b"{}"
 
@@ -191,7 +196,7 @@ class VllmRequest:
             self._chat.read(piece, "".join(self._text), ids, prompt)
         self._add_members(piece, ids, *self._with_prompt(ids, self._tops))
         found = b""
-        if self.request.prompt_logprobs is not None:
+        if self._prompt_tops is not None:
             found += b',"prompt_logprobs":' + logprobs.of_prompt(self._prompt_tops)
         if self.request.return_token_ids:
             found += b',"prompt_token_ids":' + _json(prompt)

@@ -20,7 +20,7 @@ Word = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
 # Dealt with here, or meaningless to a worker.
 OWN = frozenset(
     (
-        *("model", "messages", "prompt", "stream", "stream_options", "n", "max_tokens", "max_completion_tokens"),
+        *("model", "messages", "prompt", "stream", "stream_options", "max_tokens", "max_completion_tokens"),
         *("user", "metadata", "store", "service_tier", "request_id", "priority", "best_of", "suffix"),
     )
 )

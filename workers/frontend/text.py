@@ -119,7 +119,10 @@ class Text:
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
-    """A tool call of the conversation with its arguments as templates want them: an object, not its JSON."""
+    """A tool call of the conversation with its arguments as templates want them: an object, not its JSON.
+
+    Members are in the order of vLLM's request classes, for templates write them out as they come.
+    """
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
         raise ApiError(400, f"{where}.tool_calls has an entry without a function", param=where)
@@ -129,7 +132,8 @@ def _call(call: Any, where: str) -> dict[str, Any]:
             arguments = json.loads(arguments) if arguments else {}
         except ValueError:
             arguments = {}
-    return {**call, "function": {**function, "arguments": arguments if isinstance(arguments, dict) else {}}}
+    told = {"arguments": arguments if isinstance(arguments, dict) else {}, "name": function.get("name")}
+    return {"id": call.get("id"), "function": told, "type": call.get("type", "function")}
 
 
 def _tool(tool: dict[str, Any], index: int) -> dict[str, Any]:
