@@ -108,7 +108,7 @@ class VllmEngine:
         if self._pooling is None:
             served = self._llm.model_config.served_model_name
             self._pooling = await Pooling.of(self._llm, served, self.adapters, self._serving.chat_template)
-        answered: Response = await self._pooling.call(request_id, route, body)
+        answered: Response = await self._pooling.call(route, body)
         return answered
 
     @contextlib.contextmanager

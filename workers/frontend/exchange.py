@@ -176,17 +176,19 @@ def _targets(link: Link, rank: int) -> list[Target]:
     return [Target(link, number) for number in range(first, first + count)] if count > 1 else [Target(link)]
 
 
-async def answer(pool: Pool, question: Question, write: Callable[[bytes], None]) -> Answered:
+async def answer(
+    pool: Pool, question: Question, write: Callable[[bytes], None], relay: Relay | None = None
+) -> Answered:
     """Get one question answered; bytes of a stream go to `write` as they come.
 
     A worker that is lost costs another attempt on another worker, which goes on where the client's stream was cut.
-    Cancelling this coroutine cancels the request at the workers.
+    Cancelling this coroutine cancels the request at the workers. `relay` may hold ids of an answer that was begun before.
 
     Raises:
         ApiError: The request was refused, or no attempt succeeded.
     """
     avoid: set[str] = set()
-    relay = Relay(write)
+    relay = relay or Relay(write)
     for attempt in range(ATTEMPTS):
         # An engine may still be ending the last attempt under its own id.
         asked = replace(question, request_id=f"{question.request_id}-{attempt}") if attempt else question
