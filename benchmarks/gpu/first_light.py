@@ -22,7 +22,8 @@ import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from benchmarks.gpu.deployment import gpu_mib, metric, pages, processes_of, wait_ready
 
 SHAPES = {
     "agg": ("+recipe=tiny_agg",),
@@ -123,20 +124,8 @@ def run(shape: str, folder: Path, count: int, dtype: str) -> Row:
         process.send_signal(signal.SIGINT)
         process.wait(120)
     time.sleep(2)
-    left = subprocess.run(["pgrep", "-f", str(run_dir)], capture_output=True, text=True, check=False).stdout.split()
-    return Row(shape, ready_s, tuple(answers), changed, moved, len(left), gpu_mib() - idle_mib)
-
-
-def wait_ready(process: subprocess.Popen[bytes], run_dir: Path) -> dict[str, Any]:
-    """The endpoint, once it is ready."""
-    while process.poll() is None:
-        path = run_dir / "endpoint.json"
-        if path.exists():
-            endpoint: dict[str, Any] = json.loads(path.read_text())
-            if endpoint["state"] == "ready":
-                return endpoint
-        time.sleep(0.2)
-    raise SystemExit(f"the launch of {run_dir.name} ended with {process.returncode}")
+    left = (gpu_mib() or 0) - (idle_mib or 0)
+    return Row(shape, ready_s, tuple(answers), changed, moved, len(processes_of(run_dir)), left)
 
 
 def ask(url: str, key: str, prompt: str, stream: bool) -> str:
@@ -159,25 +148,6 @@ def prompts(count: int) -> list[str]:
     """Prompts of 5 to 1,500 words, the same in every run."""
     rng = random.Random(3)
     return [" ".join(rng.choice(WORDS) for _ in range(5 + i * 1495 // max(1, count - 1) // 3)) for i in range(count)]
-
-
-def pages(run_dir: Path) -> list[str]:
-    """The metrics pages of all members."""
-    targets = json.loads((run_dir / "metrics" / "targets.json").read_text())
-    return [urllib.request.urlopen(f"http://{item['targets'][0]}/metrics").read().decode() for item in targets]
-
-
-def metric(page: str, name: str) -> float:
-    """Sum of a metric on a page."""
-    return sum(
-        float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith((f"{name} ", f"{name}{{"))
-    )
-
-
-def gpu_mib() -> int:
-    """GPU memory in use on this machine."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return sum(int(line) for line in subprocess.run(query, capture_output=True, text=True, check=True).stdout.split())
 
 
 if __name__ == "__main__":
