@@ -62,6 +62,11 @@ class EngineConf:
     """Seconds that an engine may take from its start until it serves; then the deployment fails and says why."""
     drain_s: float = 30.0
     """Seconds that running requests may take to finish once a stop was asked for."""
+    canary_interval_s: float = 10.0
+    """Seconds without a step of the engine after which its worker sends it a request of one token; 0 sends none."""
+    canary_timeout_s: float = 30.0
+    """Seconds without an answer to it, or any other step, after which the worker takes no requests until it is answered;
+    four times as long while the engine's processes compute."""
     echo_interval_s: float = 0.0
     """Seconds between the tokens of the echo engine; 0 is as fast as it can."""
 

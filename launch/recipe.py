@@ -116,6 +116,8 @@ class Engine:
     env: Mapping[str, str]
     ready_timeout_s: float
     drain_s: float
+    canary_interval_s: float
+    canary_timeout_s: float
     echo_interval_s: float
 
     def __post_init__(self) -> None:
@@ -125,6 +127,11 @@ class Engine:
             raise ConfigError(
                 f"engine.ready_timeout_s must be above 0 and engine.drain_s at least 0, "
                 f"got {self.ready_timeout_s} and {self.drain_s}"
+            )
+        if self.canary_interval_s < 0 or self.canary_timeout_s <= 0:
+            raise ConfigError(
+                f"engine.canary_interval_s is at least 0 (0 sends no canaries) and engine.canary_timeout_s above 0, "
+                f"got {self.canary_interval_s} and {self.canary_timeout_s}"
             )
 
 

@@ -128,6 +128,9 @@ class Supervised:
         if state is State.READY:
             self._ready.set()
             self.first_ready.set()
+            if self._child:
+                # All of an engine's is mapped now, and when it dies it may be too late to see whose it was.
+                self._child.note_shared_memory()
         if not self._stopping.is_set():
             self._tell(state, report.detail)
 

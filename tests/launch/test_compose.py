@@ -68,6 +68,7 @@ from launch.recipe import Kind, Launcher, Wait
             id="unequal engines",
         ),
         pytest.param(["+recipe=tiny_agg", "engine.device=tpu"], r"cpu or cuda", id="device"),
+        pytest.param(["+recipe=tiny_agg", "engine.canary_timeout_s=0"], r"canary_timeout_s above 0", id="canary"),
     ],
 )
 def test_bad_words_are_refused_with_the_way_out(overrides: list[str], message: str) -> None:

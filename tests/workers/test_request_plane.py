@@ -271,6 +271,20 @@ async def test_a_draining_worker_gets_nothing_new_and_finishes_what_runs(plane: 
     assert [item.completion_tokens for item in others] == [16] * 4
 
 
+async def test_a_worker_gives_back_what_it_cannot_serve(plane: Plane) -> None:
+    """As when its engine has died: told at once, served by another worker, and counted as lost."""
+    sick = plane.add(interval_s=60)
+    plane.add()
+    await plane.ready(2)
+    task = asyncio.create_task(answer(plane.pool, question(), lambda data: None))
+    await sick.busy()
+    sick.server.give_back(wire.Failed(0, 503, "the engine has died", True))
+    done = await asyncio.wait_for(task, 2)
+
+    assert done.completion_tokens == 16
+    assert (sick.server.outcomes.lost, sick.server.outcomes.cancelled) == (1, 0)
+
+
 async def test_a_restarted_worker_has_one_link(plane: Plane) -> None:
     """The old link meets the new process at the old port, and stays out."""
     old = plane.add()

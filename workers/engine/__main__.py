@@ -1,7 +1,7 @@
 """The process of one engine member: `python -m workers.engine RUN_DIR MEMBER`, started by the agent of its node.
 
-In order: build the engine, serve the request plane, register. On SIGTERM in reverse: withdraw, let what runs finish, end
-the engine.
+In order: build the engine, serve the request plane, register. On SIGTERM in reverse: withdraw, let what runs finish, wait
+for the pulls of what was computed for others, end the engine. `workers.engine.leaving` has the other ways out.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import asyncio
 import logging
 import os
 import secrets
-import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import uvloop
 import zmq
-from prometheus_client import REGISTRY, start_http_server
+from prometheus_client import CollectorRegistry
 
 from launch.plan import Member, Plan, plan
 from launch.recipe import Backend, Recipe
@@ -27,8 +27,13 @@ from slurm.places import Place, places
 from workers.engine import orphans
 from workers.engine.arguments import engine_arguments, role_of
 from workers.engine.base import Engine
+from workers.engine.health import Pulse, Standing, Watch
+from workers.engine.leaving import Stop, leave_at_once, time_for_pulls, until_pulled, until_stopped
+from workers.engine.metrics import Canaries, Labelled, WorkerFamilies
 from workers.engine.options import serving_options
+from workers.engine.page import MetricsPage, own_multiprocess_folder, process_families
 from workers.engine.server import RequestServer
+from workers.runtime import wire
 from workers.runtime.etcd import Etcd
 from workers.runtime.events import LoadEvent, publish_load
 from workers.runtime.logs import set_up_logging
@@ -36,13 +41,15 @@ from workers.runtime.registry import Card, registered
 
 log = logging.getLogger("workers.engine")
 
-HEALTH_S = 0.25
+ENGINE_STOP_S = 5.0
+LEAVING = "leaving"
 
 
 def main() -> int:
     """Serve one member until SIGTERM; 0 after a clean end, 1 when the engine died."""
     run, name = RunDirectory(Path(sys.argv[1])), sys.argv[2]
     set_up_logging(name)
+    own_multiprocess_folder(name)
     orphans.die_with(os.getpid())
     recipe, job, control = run.recipe(), run.job(), run.control()
     if job is None or control is None:
@@ -51,10 +58,16 @@ def main() -> int:
     member = where.member(name)
     known = places(run.ranks(job.attempt))
     engine = build(recipe, where, member, known)
+    death: str | None = None
     try:
-        return uvloop.run(serve(recipe, member, known[member.rank], control, engine))
+        death = uvloop.run(serve(recipe, member, known[member.rank], control, engine))
     finally:
-        engine.shutdown(timeout_s=5)
+        if death is None:
+            engine.shutdown(timeout_s=ENGINE_STOP_S)
+    if death:
+        log.error("%s: %s", name, death)
+        leave_at_once(1)
+    return 0
 
 
 def build(recipe: Recipe, where: Plan, member: Member, known: dict[int, Place]) -> Engine:
@@ -68,21 +81,30 @@ def build(recipe: Recipe, where: Plan, member: Member, known: dict[int, Place]) 
         return EchoEngine(Tokenizer.from_file(f"{recipe.model.path}/tokenizer.json"), recipe.engine.echo_interval_s)
     from workers.engine import vllm_engine
 
-    return vllm_engine.start(
-        engine_arguments(recipe, where, member, known), serving_options(recipe, role_of(recipe, member))
-    )
+    # Slurm signals every process of a step. An engine core that gets SIGTERM aborts what it runs unless it has time.
+    patient = {"shutdown_timeout": int(recipe.engine.drain_s)}
+    serving = serving_options(recipe, role_of(recipe, member))
+    return vllm_engine.start(patient | engine_arguments(recipe, where, member, known), serving)
 
 
-async def serve(recipe: Recipe, member: Member, place: Place, control: Control, engine: Engine) -> int:
-    """Serve until SIGTERM or the engine's death."""
-    stop = asyncio.Event()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+async def serve(recipe: Recipe, member: Member, place: Place, control: Control, engine: Engine) -> str | None:
+    """Serve until SIGTERM, which returns None, or the engine's death, which returns why."""
+    stop = Stop()
     card = card_of(recipe, member, place, engine)
-    server = RequestServer(engine, card.instance, REGISTRY)
+    registry = CollectorRegistry()
+    server = RequestServer(engine, card.instance, registry)
     context: zmq.Context[Any] = zmq.Context()
     server.bind(context, card.address, (control.worker_public, control.worker_secret))
-    start_http_server(int(place.port(member.ports.metrics)), place.address)
+
+    def on_standing(serving: bool) -> None:
+        server.serving = serving
+        server.announce()
+
+    standing, pulse, canaries = Standing(on_standing), Pulse(), Canaries()
+    ours = WorkerFamilies(engine.stats, server.outcomes, canaries, lambda: standing.serving)
+    families = Labelled(labels_of(recipe, member), (registry, ours), process_families())
+    page = MetricsPage(families, lambda: standing.reason, lambda: pulse.alive)
+    page.start(place.address, int(place.port(member.ports.metrics)))
 
     def load() -> LoadEvent:
         now = engine.load
@@ -90,26 +112,53 @@ async def serve(recipe: Recipe, member: Member, place: Place, control: Control, 
             member=member.name, instance=card.instance, running=now.running, waiting=now.waiting, kv_usage=now.kv_usage
         )
 
+    def on_sick(reason: str) -> None:
+        server.give_back(wire.Failed(0, 503, reason, True))
+
+    watch = Watch(engine, standing, canaries, on_sick)
     etcd = Etcd(control.etcd_url, control.etcd_user, control.etcd_password)
     async with etcd, asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(server.beat(), name="beat"),
+            group.create_task(pulse.beat(), name="pulse"),
             group.create_task(publish_load(control, recipe.name, load), name="load"),
+            group.create_task(watch.run(recipe.engine.canary_interval_s, recipe.engine.canary_timeout_s), name="watch"),
         ]
         async with registered(etcd, recipe.name, card, recipe.control.lease_ttl_s):
             report("ready")
             log.info("%s serves %s at %s", member.name, recipe.model.name, card.address)
             death = await until_stopped(engine, stop)
             report("draining", death or "")
+            standing.out(LEAVING, death or "draining")
+            if death:
+                server.give_back(wire.Failed(0, 503, death, True))
         if death is None:
-            await server.drain(recipe.engine.drain_s)
+            await drain(recipe, engine, server)
         for task in tasks:
             task.cancel()
         server.close()
+    page.close()
     context.term()
-    if death:
-        log.error("%s: %s", member.name, death)
-    return 1 if death else 0
+    return death
+
+
+async def drain(recipe: Recipe, engine: Engine, server: RequestServer) -> None:
+    """Let what runs finish, then what was computed for others be pulled."""
+    begun = time.monotonic()
+    await server.drain(recipe.engine.drain_s)
+    used_s = time.monotonic() - begun
+    await until_pulled(engine.stats, time_for_pulls(engine.sizes.lease_s, recipe.engine.drain_s, used_s))
+    log.info("drained in %.1f s", time.monotonic() - begun)
+
+
+def labels_of(recipe: Recipe, member: Member) -> dict[str, str]:
+    """What tells the member's metrics from those of others."""
+    return {
+        "deployment": recipe.name,
+        "role": str(member.kind),
+        "replica": str(member.replica),
+        "member": member.name,
+    }
 
 
 def card_of(recipe: Recipe, member: Member, place: Place, engine: Engine) -> Card:
@@ -126,20 +175,6 @@ def card_of(recipe: Recipe, member: Member, place: Place, engine: Engine) -> Car
         version=engine.sizes.version,
         tasks=engine.sizes.tasks,
     )
-
-
-async def until_stopped(engine: Engine, stop: asyncio.Event) -> str | None:
-    """Wait for SIGTERM, which returns None, or for the engine's death, which returns why."""
-    while not stop.is_set():
-        death = engine.dead()
-        if death:
-            return death
-        try:
-            async with asyncio.timeout(HEALTH_S):
-                await stop.wait()
-        except TimeoutError:
-            continue
-    return None
 
 
 if __name__ == "__main__":

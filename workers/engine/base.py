@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from workers.engine.metrics import EngineStats
 
 from workers.runtime.wire import Render
 
@@ -111,6 +114,8 @@ class Engine(Protocol):
 
     sizes: Sizes
     load: Load
+    stats: dict[int, EngineStats]
+    """Of each data-parallel rank that this worker reaches, by its global number."""
 
     def generate(self, ask: Ask) -> AsyncIterator[Piece]:
         """Serve one leg; the last piece has `finish` set."""

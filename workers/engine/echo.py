@@ -10,6 +10,7 @@ from typing import Any
 from workers.engine import transfer
 from workers.engine.arguments import KV_LEASE_S
 from workers.engine.base import Ask, Load, Piece, RefusedError, Response, Sizes
+from workers.engine.metrics import EngineStats
 
 MAX_MODEL_LEN = 4096
 BLOCK_SIZE = 32
@@ -23,6 +24,7 @@ class EchoEngine:
         self._interval_s = interval_s
         self._id = secrets.token_hex(8)
         self.load = Load()
+        self.stats = {0: EngineStats()}
         self.released: list[str] = []
         self.sizes = Sizes(max_model_len=MAX_MODEL_LEN, block_size=BLOCK_SIZE, lease_s=KV_LEASE_S, version="echo")
 
@@ -43,6 +45,7 @@ class EchoEngine:
                 await asyncio.sleep(self._interval_s)
                 token = ask.prompt[produced % len(ask.prompt)]
                 self.load.progress += 1
+                self.stats[0].record(None, None)
                 text = self._tokenizer.decode([token], skip_special_tokens=False)
                 yield Piece(ids=(token,), text=text, finish="length" if produced == count - 1 else None)
         finally:

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from workers.engine import transfer
 from workers.engine.base import Ask, Engine, LostError, RefusedError, UnbegunError
+from workers.engine.metrics import Outcomes
 from workers.engine.render import Choice
 from workers.runtime import wire
 from workers.runtime.sockets import LoopSocket
@@ -43,6 +44,7 @@ class RequestServer:
         self._flush_due = False
         self._unnamed = itertools.count(-1, -1)  # work that no stream of a frontend stands for
         self.serving = True
+        self.outcomes = Outcomes()
         streams = Gauge("baton_worker_streams", "Requests that are being served.", registry=registry)
         streams.set_function(lambda: len(self._tasks))
 
@@ -81,10 +83,14 @@ class RequestServer:
         self.announce()
         if self._tasks:
             await asyncio.wait(list(self._tasks.values()), timeout=timeout_s)
-        for key, task in list(self._tasks.items()):
-            self._fail(key, STOPPING)
-            task.cancel()
+        self.give_back(STOPPING)
         await asyncio.sleep(0)
+
+    def give_back(self, why: wire.Failed) -> None:
+        """End every stream with this word, at once; a frontend that is told `retryable` tries it on another worker."""
+        for key, task in list(self._tasks.items()):
+            self._fail(key, why)
+            task.cancel()
         self._flush()
 
     def close(self) -> None:
@@ -197,6 +203,7 @@ class RequestServer:
             )
 
     def _fail(self, key: StreamKey, failed: wire.Failed) -> None:
+        self.outcomes.note(failed.status, failed.retryable, failed is CANCELLED)
         self._step(key[0]).failed.append(msgspec.structs.replace(failed, stream=key[1]))
 
     async def _release(self, message: wire.Release) -> None:

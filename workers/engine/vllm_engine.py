@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from workers.engine import cpu, transfer
 from workers.engine.arguments import KV_LEASE_S
 from workers.engine.base import Ask, Load, LostError, Piece, RefusedError, Response, Sizes, UnbegunError
+from workers.engine.health import fallen_cores
+from workers.engine.metrics import EngineStats, sum_up
 from workers.engine.options import ServingOptions
 from workers.engine.peers import Peers
 
@@ -26,7 +28,7 @@ class VllmEngine:
     `adapters` are vLLM's LoRA requests by name, `adapter_uses` counts the requests that use each of them now.
     """
 
-    def __init__(self, llm: AsyncLLM, load: Load, serving: ServingOptions) -> None:
+    def __init__(self, llm: AsyncLLM, load: Load, stats: dict[int, EngineStats], serving: ServingOptions) -> None:
         from vllm import __version__
 
         from workers.engine.reader import Reader
@@ -48,6 +50,7 @@ class VllmEngine:
         self.adapters: dict[str, Any] = {}
         self.adapter_uses: Counter[str] = Counter()
         self.load = load
+        self.stats = stats
         self.sizes = Sizes(
             max_model_len=config.model_config.max_model_len,
             block_size=config.cache_config.block_size,
@@ -135,6 +138,9 @@ class VllmEngine:
 
     def dead(self) -> str | None:
         """Why the engine can serve nothing any more."""
+        fallen = fallen_cores(self._llm)
+        if fallen:
+            return f"vLLM's engine core has died: {', '.join(fallen)}"
         return "vLLM's engine core has died" if self._llm.errored else None
 
     def shutdown(self, timeout_s: float) -> None:
@@ -172,7 +178,7 @@ def start(arguments: dict[str, Any], serving: ServingOptions) -> VllmEngine:
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    load = Load()
+    load, stats = Load(), dict[int, EngineStats]()
     config = AsyncEngineArgs(**_typed(arguments)).create_engine_config(UsageContext.OPENAI_API_SERVER)
     if config.device_config.device_type == "cpu":
         # Spawned, each engine process imports vLLM and torch again (10 s); the CPU platform sets this while the
@@ -180,10 +186,11 @@ def start(arguments: dict[str, Any], serving: ServingOptions) -> VllmEngine:
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
         if config.kv_transfer_config is not None:
             cpu.calm_nixl()
+    loggers = [_load_logger(load, stats)]
     llm = AsyncLLM.from_vllm_config(
-        config, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=[_load_logger(load)], disable_log_stats=True
+        config, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=loggers, disable_log_stats=True
     )
-    return VllmEngine(llm, load, serving)
+    return VllmEngine(llm, load, stats, serving)
 
 
 def _typed(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -197,20 +204,17 @@ def _typed(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _load_logger(load: Load) -> Any:
-    """A stat logger that keeps `load` current; vLLM calls it after every step that had output, in our loop."""
+def _load_logger(load: Load, stats: dict[int, EngineStats]) -> Any:
+    """A stat logger that keeps `load` and `stats` current; vLLM calls it after every step that had work, in our loop."""
     from vllm.v1.metrics.loggers import StatLoggerBase
 
     class LoadLogger(StatLoggerBase):  # type: ignore[misc]  # mypy does not follow vLLM here
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-            pass
+            self._rank = stats[engine_index] = EngineStats()
 
         def record(self, scheduler_stats: Any, iteration_stats: Any, *unused: Any, **also_unused: Any) -> None:
-            load.progress += 1
-            if scheduler_stats is not None:
-                load.running = scheduler_stats.num_running_reqs
-                load.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
-                load.kv_usage = scheduler_stats.kv_cache_usage
+            self._rank.record(scheduler_stats, iteration_stats)
+            sum_up(load, stats.values())
 
         def log_engine_initialized(self) -> None:
             pass

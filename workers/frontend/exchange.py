@@ -220,7 +220,7 @@ async def call(pool: Pool, kind: Kind, request_id: str, route: str, body: bytes,
         ApiError: The request was refused, or no attempt succeeded.
     """
     avoid: set[str] = set()
-    nobody = Question(request_id=request_id, prompt=b"", render=NOTHING, adapter=adapter)
+    nobody = Question(request_id=request_id, prompt=b"", render=wire.NOTHING, adapter=adapter)
     for attempt in range(ATTEMPTS):
         target = pool.pick(kind, nobody, avoid)
         pool.on_leg(kind)
@@ -232,9 +232,6 @@ async def call(pool: Pool, kind: Kind, request_id: str, route: str, body: bytes,
                 raise ApiError(error.failed.status, error.failed.message, retry_after_s=1) from error
             avoid.add(error.instance)
     raise AssertionError("the last attempt returns or raises")
-
-
-NOTHING = wire.Render(wire.Shape.COMPLETION, False, False, "", "", 0)
 
 
 class LegLostError(Exception):

@@ -51,6 +51,10 @@ class Render(msgspec.Struct, array_like=True):
     echo: str | None = None
 
 
+NOTHING = Render(Shape.COMPLETION, False, False, "", "", 0)
+"""For what no client reads."""
+
+
 class Generate(msgspec.Struct, array_like=True, tag="g"):
     """Ask a worker for a leg of a request.
 
