@@ -227,7 +227,9 @@ class Links:
         """Follow what etcd lists: connect to new instances, mark those that are no longer listed."""
         listed = {card.instance: card for card in cards.values()}
         for instance, card in listed.items():
-            if instance not in self._links:
+            if instance in self._links:
+                self._links[instance].card = card  # an adapter was loaded, say
+            else:
                 self._links[instance] = Link(
                     card, self._context, self._curve_server, self._stall_timeout_s, self._on_change
                 )
