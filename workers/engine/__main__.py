@@ -27,6 +27,7 @@ from slurm.places import Place, places
 from workers.engine import orphans
 from workers.engine.arguments import engine_arguments
 from workers.engine.base import Engine
+from workers.engine.operations import operated
 from workers.engine.server import RequestServer
 from workers.runtime.etcd import Etcd
 from workers.runtime.events import LoadEvent, publish_load
@@ -93,7 +94,10 @@ async def serve(recipe: Recipe, member: Member, place: Place, control: Control, 
             group.create_task(server.beat(), name="beat"),
             group.create_task(publish_load(control, recipe.name, load), name="load"),
         ]
-        async with registered(etcd, recipe.name, card, recipe.control.lease_ttl_s):
+        async with (
+            registered(etcd, recipe.name, card, recipe.control.lease_ttl_s) as registration,
+            operated(control, recipe, member.name, engine, server, registration.update),
+        ):
             report("ready")
             log.info("%s serves %s at %s", member.name, recipe.model.name, card.address)
             death = await until_stopped(engine, stop)

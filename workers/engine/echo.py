@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
 from workers.engine.arguments import KV_LEASE_S
-from workers.engine.base import Ask, Load, Piece, RefusedError, Sizes
+from workers.engine.base import Adapter, Ask, Load, Operable, Piece, RefusedError, Sizes
+from workers.engine.echo_operations import EchoOperations
 
 MAX_MODEL_LEN = 4096
 BLOCK_SIZE = 32
@@ -23,6 +25,9 @@ class EchoEngine:
         self._id = secrets.token_hex(8)
         self.load = Load()
         self.released: list[str] = []
+        self.adapters: dict[str, Adapter] = {}
+        self.adapter_uses: Counter[str] = Counter()
+        self.operable: Operable = EchoOperations(self.adapters)
         self.sizes = Sizes(max_model_len=MAX_MODEL_LEN, block_size=BLOCK_SIZE, lease_s=KV_LEASE_S, version="echo")
 
     async def generate(self, ask: Ask) -> AsyncIterator[Piece]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from workers.engine import cpu
 from workers.engine.arguments import KV_LEASE_S
-from workers.engine.base import Ask, Load, LostError, Piece, RefusedError, Sampling, Sizes
+from workers.engine.base import Ask, Load, LostError, Operable, Piece, RefusedError, Sampling, Sizes
+from workers.engine.vllm_operations import VllmOperations
 
 if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
@@ -29,6 +32,9 @@ class VllmEngine:
         self._llm = llm
         self._sampling = Sampling(config.model_config.get_diff_sampling_param())
         self.load = load
+        self.adapters: dict[str, LoRARequest] = {}
+        self.adapter_uses: Counter[str] = Counter()
+        self.operable: Operable = VllmOperations(llm, self.adapters)
         self.sizes = Sizes(
             max_model_len=config.model_config.max_model_len,
             block_size=config.cache_config.block_size,
