@@ -16,6 +16,7 @@ from launch.recipe import Kind, Recipe
 from launch.records import Control, RunDirectory
 from slurm.children import report
 from slurm.places import Place, places
+from workers.frontend.admin import Admin
 from workers.frontend.app import App, Served
 from workers.frontend.errors import error_body
 from workers.frontend.exchange import Pool
@@ -24,6 +25,7 @@ from workers.frontend.links import Links
 from workers.frontend.metrics import Metrics
 from workers.frontend.router import mode
 from workers.frontend.text import Text
+from workers.runtime.commands import Commander
 from workers.runtime.etcd import Etcd
 from workers.runtime.events import LoadEvent, follow_load
 from workers.runtime.logs import set_up_logging
@@ -43,7 +45,8 @@ def main() -> int:
         raise SystemExit(f"{run.path} has no running deployment: its job.json or control.json is missing")
     place = places(run.ranks(job.attempt))[0]
     index = plan(recipe).frontends.index(name)
-    uvloop.run(serve(recipe, control, place, port_of(recipe, place, index), run.api_key(), name))
+    keys = (run.api_key(), run.admin_key())
+    uvloop.run(serve(recipe, control, place, port_of(recipe, place, index), keys, name))
     return 0
 
 
@@ -54,8 +57,9 @@ def port_of(recipe: Recipe, place: Place, index: int) -> int:
     return int(place.port(FRONTEND_PORT + index))
 
 
-async def serve(recipe: Recipe, control: Control, place: Place, port: int, api_key: str, name: str) -> None:
-    """Serve until SIGTERM."""
+async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys: tuple[str, str], name: str) -> None:
+    """Serve until SIGTERM; `keys` are the API's and the operators'."""
+    api_key, admin_key = keys
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -71,6 +75,15 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, api_k
     )
     served = Served(name=recipe.model.name, max_model_len=lambda: context_of(links), created=int(time.time()))
     app = App(served, Text(Path(recipe.model.path)), pool, metrics, api_key)
+    commander = Commander(control, recipe.name, name)
+    app.admin = Admin(
+        plan(recipe),
+        commander,
+        lambda member: links.by_member(member) is not None,
+        admin_key,
+        api_key,
+        recipe.engine.drain_s,
+    )
     server = Server(app, error_body, recipe.frontend.max_body_bytes)
     listener = await loop.create_server(server.protocol, place.address, port, backlog=4096, reuse_address=True)
     report("loading")
@@ -81,6 +94,7 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, api_k
             group.create_task(follow(etcd, recipe.name, links.update), name="discovery"),
             group.create_task(follow_load(control, recipe.name, name, lambda event: note(links, event)), name="load"),
             group.create_task(links.keep(), name="links"),
+            group.create_task(commander.keep(), name="commands"),
         ]
         report("ready")
         await stop.wait()
