@@ -299,7 +299,8 @@ def test_engines_that_pass_their_cache_on_pause_and_do_not_sleep(
     """Asleep, the memory that others pull from would be gone; after everything else they answer as before."""
     folder = tmp_path_factory.mktemp("nixl")
     with deployed(folder, "+recipe=tiny_disagg", f"model.path=tiny:{tiny_model}", name="nixl") as running:
-        before = running.client.chat.completions.create(**CHAT)  # type: ignore[call-overload]
+        greedy = {**CHAT, "temperature": 0}
+        before = running.client.chat.completions.create(**greedy)  # type: ignore[call-overload]
         slept = ctl(running, "nixl", "sleep", "--json")
         assert slept.returncode == 1
         for member in json.loads(slept.stdout)["members"]:
@@ -308,6 +309,6 @@ def test_engines_that_pass_their_cache_on_pause_and_do_not_sleep(
         for words in (["sleep", "level=0"], ["resume"], ["drain"], ["clear"], ["serve"]):
             done = ctl(running, "nixl", *words)
             assert done.returncode == 0, done.stdout + done.stderr
-        after = running.client.chat.completions.create(**CHAT)  # type: ignore[call-overload]
+        after = running.client.chat.completions.create(**greedy)  # type: ignore[call-overload]
 
     assert after.choices == before.choices
