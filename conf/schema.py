@@ -60,6 +60,8 @@ class EngineConf:
     """Environment variables of every engine process."""
     ready_timeout_s: float = 1800.0
     """Seconds that an engine may take from its start until it serves; then the deployment fails and says why."""
+    lora_dirs: list[str] = field(default_factory=list)
+    """Folders that LoRA adapters may be loaded from, the same on every node; from anywhere else none is loaded."""
     drain_s: float = 30.0
     """Seconds that running requests may take to finish once a stop was asked for."""
     canary_interval_s: float = 10.0

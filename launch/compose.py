@@ -103,7 +103,13 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
             for kind in Kind
             if (role := getattr(written.roles, kind.value)).replicas != 0
         ),
-        engine=Engine(**_fields(written.engine, backend=word(Backend, "engine.backend", written.engine.backend))),
+        engine=Engine(
+            **_fields(
+                written.engine,
+                backend=word(Backend, "engine.backend", written.engine.backend),
+                lora_dirs=tuple(written.engine.lora_dirs),
+            )
+        ),
         control=Control(**_fields(written.control)),
         frontend=Frontend(
             **_fields(

@@ -119,8 +119,12 @@ class Engine:
     canary_interval_s: float
     canary_timeout_s: float
     echo_interval_s: float
+    lora_dirs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        relative = [folder for folder in self.lora_dirs if not folder.startswith("/")]
+        if relative:
+            raise ConfigError(f"engine.lora_dirs are absolute paths, the same on every node; got {relative[0]!r}")
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"engine.device is cpu or cuda, got {self.device!r}")
         if self.ready_timeout_s <= 0 or self.drain_s < 0:

@@ -5,6 +5,7 @@
     control.json      (0600)    where rank 0's NATS and etcd are, and every secret of the deployment
     endpoint.json     (0600)    where to send requests, and the state of the deployment
     api_key           (0600)    the key that clients send
+    admin_key         (0600)    the key of operations on workers (`launch.ctl`)
     ranks/<i>.json              what rank i last said of itself and its members
     stop                        somebody asked for the end
     logs/attempt_<n>/           logs; `logs/latest` points to the newest
@@ -147,6 +148,11 @@ class RunDirectory:
         return self.path / "api_key"
 
     @property
+    def admin_key_file(self) -> Path:
+        """The key of operations on workers."""
+        return self.path / "admin_key"
+
+    @property
     def stop_file(self) -> Path:
         """Its presence asks the agents to end."""
         return self.path / "stop"
@@ -184,8 +190,9 @@ class RunDirectory:
         # The recipe may hold tokens in the engines' environment.
         write(self.path / "recipe.yaml", msgspec.yaml.encode(asdict(recipe)), mode=0o600)
         write(self.path / "plan.yaml", msgspec.yaml.encode(asdict(plan)))
-        if not self.api_key_file.exists():
-            write(self.api_key_file, f"baton-{secrets.token_urlsafe(32)}\n".encode(), mode=0o600)
+        for file, what in ((self.api_key_file, "baton"), (self.admin_key_file, "baton-admin")):
+            if not file.exists():
+                write(file, f"{what}-{secrets.token_urlsafe(32)}\n".encode(), mode=0o600)
         _point(self.path / "logs" / "latest", self.logs(attempt).name)
 
     def recipe(self) -> Recipe:
@@ -202,6 +209,10 @@ class RunDirectory:
     def api_key(self) -> str:
         """The key that clients send."""
         return self.api_key_file.read_text().strip()
+
+    def admin_key(self) -> str:
+        """The key of operations on workers."""
+        return self.admin_key_file.read_text().strip()
 
     def job(self) -> Job | None:
         """How the deployment was last submitted."""

@@ -34,11 +34,14 @@ def test_the_recipe_comes_back_as_it_was(run: RunDirectory) -> None:
 
 
 def test_secrets_are_readable_by_their_owner_alone(run: RunDirectory) -> None:
-    """The endpoint's file and the API key are 0600."""
+    """The endpoint's file and the keys, which differ, are 0600."""
     run.put_endpoint(Endpoint(url="u", urls=["u"], models=["m"], state=Phase.READY, api_key_file="k"))
-    modes = [stat.S_IMODE(path.stat().st_mode) for path in (run.api_key_file, run.path / "endpoint.json")]
+    modes = [
+        stat.S_IMODE(path.stat().st_mode) for path in (run.api_key_file, run.admin_key_file, run.path / "endpoint.json")
+    ]
 
-    assert modes == [0o600, 0o600]
+    assert modes == [0o600] * 3
+    assert run.api_key() != run.admin_key()
 
 
 def test_what_an_earlier_attempt_said_is_not_believed(run: RunDirectory) -> None:

@@ -154,3 +154,32 @@ async def test_a_registration_survives_the_loss_of_etcd_and_of_its_data(control:
                 while views[-1]:
                     await asyncio.sleep(0.05)
         follower.cancel()
+
+
+async def test_a_changed_card_is_what_is_kept(control: Control, tmp_path: Path) -> None:
+    """Under the same lease, and registered again as it was last when etcd loses its data; a change that etcd did not take
+    is not kept.
+    """
+    changed = msgspec.structs.replace(CARD, adapters=("a",))
+
+    async def stored() -> bytes | None:
+        return (await etcd.prefix(key("d", "")))[0].get(key("d", "decode-0"))
+
+    async with client(control) as etcd, contextlib.AsyncExitStack() as stack:
+        async with running(etcd_server(control, tmp_path / "first"), tmp_path):
+            registration = await stack.enter_async_context(registered(etcd, "d", CARD, ttl_s=2))
+            await registration.update(adapters=("a",))
+            assert await stored() == msgspec.json.encode(changed)
+            await asyncio.sleep(3)  # longer than the lease: it is still the one that is renewed
+            assert await stored() == msgspec.json.encode(changed)
+        with pytest.raises(EtcdError):
+            await registration.update(adapters=("a", "b"))
+        assert registration.card == changed
+        async with running(etcd_server(control, tmp_path / "second"), tmp_path):
+            async with asyncio.timeout(10):
+                while await stored() != msgspec.json.encode(changed):
+                    await asyncio.sleep(0.05)
+            await registration.update(adapters=("b",))
+            assert registration.card.adapters == ("b",)
+            await stack.aclose()
+            assert await stored() is None

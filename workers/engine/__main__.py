@@ -27,9 +27,10 @@ from slurm.places import Place, places
 from workers.engine import orphans
 from workers.engine.arguments import engine_arguments, role_of
 from workers.engine.base import Engine
-from workers.engine.health import Pulse, Standing, Watch
+from workers.engine.health import OperatorGate, Pulse, Standing, Watch
 from workers.engine.leaving import Stop, leave_at_once, time_for_pulls, until_pulled, until_stopped
 from workers.engine.metrics import Canaries, Labelled, WorkerFamilies
+from workers.engine.operations import operated
 from workers.engine.options import serving_options
 from workers.engine.page import MetricsPage, own_multiprocess_folder, process_families
 from workers.engine.server import RequestServer
@@ -97,8 +98,7 @@ async def serve(recipe: Recipe, member: Member, place: Place, control: Control, 
     server.bind(context, card.address, (control.worker_public, control.worker_secret))
 
     def on_standing(serving: bool) -> None:
-        server.serving = serving
-        server.announce()
+        server.admit() if serving else server.withdraw()
 
     standing, pulse, canaries = Standing(on_standing), Pulse(), Canaries()
     ours = WorkerFamilies(engine.stats, server.outcomes, canaries, lambda: standing.serving)
@@ -115,6 +115,7 @@ async def serve(recipe: Recipe, member: Member, place: Place, control: Control, 
     def on_sick(reason: str) -> None:
         server.give_back(wire.Failed(0, 503, reason, True))
 
+    gate = OperatorGate(standing, server)
     watch = Watch(engine, standing, canaries, on_sick)
     etcd = Etcd(control.etcd_url, control.etcd_user, control.etcd_password)
     async with etcd, asyncio.TaskGroup() as group:
@@ -124,7 +125,10 @@ async def serve(recipe: Recipe, member: Member, place: Place, control: Control, 
             group.create_task(publish_load(control, recipe.name, load), name="load"),
             group.create_task(watch.run(recipe.engine.canary_interval_s, recipe.engine.canary_timeout_s), name="watch"),
         ]
-        async with registered(etcd, recipe.name, card, recipe.control.lease_ttl_s):
+        async with (
+            registered(etcd, recipe.name, card, recipe.control.lease_ttl_s) as registration,
+            operated(control, recipe, member.name, engine, gate, registration.update),
+        ):
             report("ready")
             log.info("%s serves %s at %s", member.name, recipe.model.name, card.address)
             death = await until_stopped(engine, stop)

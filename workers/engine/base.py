@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -116,6 +117,9 @@ class Engine(Protocol):
     load: Load
     stats: dict[int, EngineStats]
     """Of each data-parallel rank that this worker reaches, by its global number."""
+    operable: Operable
+    adapter_uses: Counter[str]
+    """Requests that run on each adapter now."""
 
     def generate(self, ask: Ask) -> AsyncIterator[Piece]:
         """Serve one leg; the last piece has `finish` set."""
@@ -135,4 +139,83 @@ class Engine(Protocol):
 
     def shutdown(self, timeout_s: float) -> None:
         """End the engine and everything it started; blocks."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """A LoRA adapter as an engine is given it; `ident` is positive and tells it from the others that are loaded."""
+
+    name: str
+    ident: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterLimits:
+    """What LoRA adapters an engine takes.
+
+    `loaded` at once, of a rank up to `rank`. `models` are the names that the base model goes by. `modules` are the sizes
+    (in, out) of the layers that an adapter may change, None where unknown; with `complete` there are no others.
+    """
+
+    loaded: int
+    rank: int
+    models: tuple[str, ...]
+    layers: int
+    modules: Mapping[str, tuple[int | None, int | None]]
+    complete: bool
+
+
+class Operable(Protocol):
+    """What operations on a live worker need of its engine. Each returns once it is done, and raises whatever the engine does.
+
+    `refusals` are the operations, by name, that this engine can never do, with the reason and the advice.
+    """
+
+    refusals: Mapping[str, str]
+    limits: AdapterLimits | None
+
+    async def sleep(self, level: int) -> None:
+        """Give up the KV cache and, at level 2, the weights; the engine has nothing to do by then."""
+        ...
+
+    async def wake(self) -> Sequence[str]:
+        """Take them back, and go on; harmless when awake. Returns the adapters that were lost meanwhile."""
+        ...
+
+    async def pause(self) -> None:
+        """Begin no further engine step."""
+        ...
+
+    async def resume(self) -> None:
+        """Go on; harmless when not paused."""
+        ...
+
+    async def clear_cache(self) -> bool:
+        """Forget the prefix cache; False, and nothing is done, while any of its blocks is in use."""
+        ...
+
+    async def add_adapter(self, adapter: Adapter) -> None:
+        """Load an adapter that was checked.
+
+        Raises:
+            RefusedError: The engine does not want it, and is as it was.
+        """
+        ...
+
+    async def remove_adapter(self, name: str) -> None:
+        """Unload an adapter that no request uses; harmless when it is not loaded."""
+        ...
+
+    async def start_profile(self, prefix: str | None) -> str:
+        """Begin to record; returns the folder that the traces will be in."""
+        ...
+
+    async def stop_profile(self) -> None:
+        """End recording, and write the traces."""
+        ...
+
+    async def scale_ep(self, size: int) -> None:
+        """Change the data-parallel size of an expert-parallel engine."""
         ...

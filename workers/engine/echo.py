@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
 from workers.engine import transfer
 from workers.engine.arguments import KV_LEASE_S
-from workers.engine.base import Ask, Load, Piece, RefusedError, Response, Sizes
+from workers.engine.base import Adapter, Ask, Load, Operable, Piece, RefusedError, Response, Sizes, UnbegunError
+from workers.engine.echo_operations import EchoOperations
 from workers.engine.metrics import EngineStats
 
 MAX_MODEL_LEN = 4096
@@ -26,13 +28,19 @@ class EchoEngine:
         self.load = Load()
         self.stats = {0: EngineStats()}
         self.released: list[str] = []
+        self.adapters: dict[str, Adapter] = {}
+        self.adapter_uses: Counter[str] = Counter()
+        self.operable: Operable = EchoOperations(self.adapters)
         self.sizes = Sizes(max_model_len=MAX_MODEL_LEN, block_size=BLOCK_SIZE, lease_s=KV_LEASE_S, version="echo")
 
     async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
         """Serve one leg; see `base.Engine`."""
         if not ask.prompt:
             raise RefusedError("The prompt is empty.")
+        if ask.adapter and ask.adapter not in self.adapters:
+            raise UnbegunError(f"the adapter {ask.adapter!r} is not loaded here")
         self.load.running += 1
+        self.adapter_uses[ask.adapter] += 1
         try:
             if ask.prefill_only:
                 yield Piece(ids=ask.prompt[:1], text="", finish="length", transfer=self._transfer(ask))
@@ -50,6 +58,7 @@ class EchoEngine:
                 yield Piece(ids=(token,), text=text, finish="length" if produced == count - 1 else None)
         finally:
             self.load.running -= 1
+            self.adapter_uses[ask.adapter] -= 1
 
     async def call(self, request_id: str, route: str, body: bytes) -> Response:
         """The body, said again."""

@@ -21,6 +21,7 @@ from typing import Any
 
 from workers.engine.base import Ask, Engine, LostError, RefusedError
 from workers.engine.metrics import Canaries, EngineStats
+from workers.engine.server import RequestServer
 from workers.runtime import wire
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,36 @@ class Standing:
     def only(self, key: str) -> bool:
         """Whether there is no reason but this one."""
         return not self._reasons.keys() - {key}
+
+
+class OperatorGate:
+    """What operations use of a worker: its standing, and the requests that are in (`workers.engine.operations.Gate`).
+
+    Withdrawn by an operator is a reason of its own, so that a canary's recovery does not undo it.
+    """
+
+    KEY = "operator"
+
+    def __init__(self, standing: Standing, server: RequestServer) -> None:
+        self._standing = standing
+        self._server = server
+
+    @property
+    def streams(self) -> int:
+        """Requests that are being served."""
+        return self._server.streams
+
+    def withdraw(self) -> None:
+        """Let no more in."""
+        self._standing.out(self.KEY, "withdrawn by an operator")
+
+    def admit(self) -> None:
+        """Let them in again, if nothing else forbids it."""
+        self._standing.back(self.KEY)
+
+    async def finish(self, timeout_s: float) -> int:
+        """Wait for those that are in; returns how many had to be given back."""
+        return await self._server.finish(timeout_s)
 
 
 @dataclass(slots=True)

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
 FRONTEND_SILENT_S = 10.0
+ABORT_S = 1.0
 CANCELLED = wire.Failed(0, 503, "the request was cancelled", False)
 STOPPING = wire.Failed(0, 503, "the worker is stopping", True)
 StreamKey = tuple[bytes, int]
@@ -77,14 +78,25 @@ class RequestServer:
         for identity, session in list(self._sessions.items()):
             self._send(identity, wire.encode(wire.Beat(self._instance, session, self.serving, progress)))
 
-    async def drain(self, timeout_s: float) -> None:
-        """Take nothing new from frontends that listen, let what runs finish, and give back what has not by then."""
+    def withdraw(self) -> None:
+        """Take nothing new: frontends learn it at once, and a request that is on its way is given back."""
         self.serving = False
         self.announce()
+
+    def admit(self) -> None:
+        """Take requests again."""
+        self.serving = True
+        self.announce()
+
+    async def finish(self, timeout_s: float) -> int:
+        """Let what runs finish, and give back what has not by then; returns how many that were."""
         if self._tasks:
             await asyncio.wait(list(self._tasks.values()), timeout=timeout_s)
+        late = list(self._tasks.values())
         self.give_back(STOPPING)
-        await asyncio.sleep(0)
+        if late:
+            await asyncio.wait(late, timeout=ABORT_S)
+        return len(late)
 
     def give_back(self, why: wire.Failed) -> None:
         """End every stream with this word, at once; a frontend that is told `retryable` tries it on another worker."""
@@ -92,6 +104,11 @@ class RequestServer:
             self._fail(key, why)
             task.cancel()
         self._flush()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing new from frontends that listen, let what runs finish, and give back what has not by then."""
+        self.withdraw()
+        await self.finish(timeout_s)
 
     def close(self) -> None:
         """Stop listening; the last frames may still leave."""

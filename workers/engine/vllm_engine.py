@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from workers.engine import cpu, transfer
 from workers.engine.arguments import KV_LEASE_S
-from workers.engine.base import Ask, Load, LostError, Piece, RefusedError, Response, Sizes, UnbegunError
+from workers.engine.base import Ask, Load, LostError, Operable, Piece, RefusedError, Response, Sizes, UnbegunError
 from workers.engine.health import fallen_cores
 from workers.engine.metrics import EngineStats, sum_up
 from workers.engine.options import ServingOptions
 from workers.engine.peers import Peers
+from workers.engine.vllm_operations import VllmOperations
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -51,6 +52,7 @@ class VllmEngine:
         self.adapter_uses: Counter[str] = Counter()
         self.load = load
         self.stats = stats
+        self.operable: Operable = VllmOperations(llm, self.adapters)
         self.sizes = Sizes(
             max_model_len=config.model_config.max_model_len,
             block_size=config.cache_config.block_size,

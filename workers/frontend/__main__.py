@@ -17,6 +17,7 @@ from launch.records import Control, RunDirectory
 from slurm.children import report
 from slurm.places import Place, places
 from workers.engine.options import serving_options
+from workers.frontend.admin import Admin
 from workers.frontend.app import App, Served
 from workers.frontend.errors import error_body
 from workers.frontend.exchange import Pool
@@ -26,6 +27,7 @@ from workers.frontend.local import LocalPrefill
 from workers.frontend.metrics import Metrics
 from workers.frontend.router import mode
 from workers.frontend.text import Text
+from workers.runtime.commands import Commander
 from workers.runtime.etcd import Etcd
 from workers.runtime.events import LoadEvent, follow_load
 from workers.runtime.logs import set_up_logging
@@ -45,7 +47,8 @@ def main() -> int:
         raise SystemExit(f"{run.path} has no running deployment: its job.json or control.json is missing")
     place = places(run.ranks(job.attempt))[0]
     index = plan(recipe).frontends.index(name)
-    uvloop.run(serve(recipe, control, place, port_of(recipe, place, index), run.api_key(), name))
+    keys = (run.api_key(), run.admin_key())
+    uvloop.run(serve(recipe, control, place, port_of(recipe, place, index), keys, name))
     return 0
 
 
@@ -56,8 +59,9 @@ def port_of(recipe: Recipe, place: Place, index: int) -> int:
     return int(place.port(FRONTEND_PORT + index))
 
 
-async def serve(recipe: Recipe, control: Control, place: Place, port: int, api_key: str, name: str) -> None:
-    """Serve until SIGTERM."""
+async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys: tuple[str, str], name: str) -> None:
+    """Serve until SIGTERM; `keys` are the API's and the operators'."""
+    api_key, admin_key = keys
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -84,6 +88,15 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, api_k
     serving = serving_options(recipe, recipe.roles[-1])
     text = Text(Path(recipe.model.path), serving.chat_template, serving.default_chat_template_kwargs)
     app = App(served, text, pool, metrics, api_key)
+    commander = Commander(control, recipe.name, name)
+    app.admin = Admin(
+        plan(recipe),
+        commander,
+        lambda member: links.by_member(member) is not None,
+        admin_key,
+        api_key,
+        recipe.engine.drain_s,
+    )
     server = Server(app, error_body, recipe.frontend.max_body_bytes)
     listener = await loop.create_server(server.protocol, place.address, port, backlog=4096, reuse_address=True)
     report("loading")
@@ -94,6 +107,7 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, api_k
             group.create_task(follow(etcd, recipe.name, links.update), name="discovery"),
             group.create_task(follow_load(control, recipe.name, name, lambda event: note(links, event)), name="load"),
             group.create_task(links.keep(), name="links"),
+            group.create_task(commander.keep(), name="commands"),
         ]
         report("ready")
         await stop.wait()

@@ -18,6 +18,7 @@ import msgspec
 
 from launch.recipe import Kind
 from workers.engine.render import chunk
+from workers.frontend.admin import Admin
 from workers.frontend.errors import ApiError
 from workers.frontend.exchange import Answered, Pool, Question, answer, call
 from workers.frontend.http import Connection, Request
@@ -63,6 +64,7 @@ class App:
         self._metrics = metrics
         self._authorization = f"Bearer {api_key}".encode()
         self.draining = False
+        self.admin: Admin | None = None
         self._routes: dict[tuple[str, str], Callable[[Request, Connection], Awaitable[None]]] = {
             ("POST", "/v1/chat/completions"): self._chat,
             ("POST", "/v1/completions"): self._completion,
@@ -96,6 +98,8 @@ class App:
             self._metrics.requests.labels(path if path in self._methods else "other", str(status)).inc()
 
     def _route(self, request: Request) -> Callable[[Request, Connection], Awaitable[None]]:
+        if self.admin is not None and self.admin.owns(request.path):
+            return self.admin
         handler = self._routes.get((request.method, request.path))
         if handler is None:
             if request.path in self._methods:

@@ -36,6 +36,8 @@ class Request:
     chunked: bool
     """Whether the client's HTTP version knows chunked answers."""
     keep_alive: bool
+    query: str = ""
+    """What follows the question mark, as it was sent."""
 
 
 Handler = Callable[[Request, "Connection"], Awaitable[None]]
@@ -145,10 +147,11 @@ class Connection(asyncio.Protocol):
         """httptools callback."""
         if self._refused:
             return
-        path = unquote(self._url.split(b"?", 1)[0].decode("latin-1"))
+        path, _, query = self._url.decode("latin-1").partition("?")
         request = Request(
             method=self._parser.get_method().decode(),
-            path=path,
+            path=unquote(path),
+            query=query,
             headers=self._headers,
             body=b"".join(self._body),
             chunked=self._parser.get_http_version() == "1.1",

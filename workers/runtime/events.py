@@ -78,6 +78,10 @@ async def follow_load(control: Control, deployment: str, name: str, on_load: Cal
         await client.close()
 
 
+def token(name: str) -> str:
+    """A name as one token of a subject: a dot would split it into more than a wildcard matches."""
+    return name.replace(".", "_")
+
+
 def _load_subject(deployment: str, member: str) -> str:
-    # A dot in a name would split the subject into more tokens than the wildcard matches.
-    return f"baton.{deployment.replace('.', '_')}.load.{member.replace('.', '_') if member != '*' else '*'}"
+    return f"baton.{token(deployment)}.load.{token(member)}"

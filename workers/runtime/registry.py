@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import msgspec
 
@@ -56,17 +57,72 @@ def prefix(deployment: str) -> str:
     return f"/baton/{deployment}/workers/"
 
 
+class Registration:
+    """A card that is kept in etcd, and may change while it is."""
+
+    def __init__(self, etcd: Etcd, deployment: str, card: Card, ttl_s: int) -> None:
+        self.card = card
+        self.stored = asyncio.Event()
+        self._etcd = etcd
+        self._name = key(deployment, card.member)
+        self._ttl_s = ttl_s
+        self._lease = 0
+        self._due = True
+        self._lock = asyncio.Lock()
+
+    async def update(self, **changes: Any) -> None:
+        """Store the card with these fields changed, under the same lease; from now on that is what is kept.
+
+        Raises:
+            EtcdError: It could not be stored, and the card before is kept; should etcd have taken the new one without
+                saying so, the old one is put back as soon as etcd answers.
+        """
+        async with self._lock:
+            before, self.card = self.card, msgspec.structs.replace(self.card, **changes)
+            try:
+                await self._put()
+            except EtcdError:
+                self.card, self._due = before, True
+                raise
+
+    async def keep(self) -> None:
+        """Store the card and renew its lease; for ever."""
+        while True:
+            try:
+                async with self._lock:
+                    if self._due:
+                        await self._put()
+                self.stored.set()
+                await asyncio.sleep(self._ttl_s / 3)
+                await self._etcd.keep_alive(self._lease)
+            except LeaseLostError:
+                log.warning("the registration of %s was lost; registering again", self._name)
+                self._lease, self._due = 0, True
+            except EtcdError:
+                await asyncio.sleep(RETRY_S)
+
+    async def _put(self) -> None:
+        value = msgspec.json.encode(self.card)
+        try:
+            lease = self._lease or await self._etcd.grant(self._ttl_s)
+            await self._etcd.put(self._name, value, lease)
+        except LeaseLostError:  # etcd came back without its data, and nobody has noticed yet
+            lease = await self._etcd.grant(self._ttl_s)
+            await self._etcd.put(self._name, value, lease)
+        self._lease, self._due = lease, False  # only now: a lease without the card would be kept alive for nothing
+
+
 @contextlib.asynccontextmanager
-async def registered(etcd: Etcd, deployment: str, card: Card, ttl_s: int) -> AsyncIterator[None]:
+async def registered(etcd: Etcd, deployment: str, card: Card, ttl_s: int) -> AsyncIterator[Registration]:
     """Keep the card registered for as long as the block runs, through losses of etcd and of its data.
 
     Returns from entering once the card was first stored; withdraws on leaving, if etcd can be reached within 1 s.
     """
-    stored = asyncio.Event()
-    task = asyncio.create_task(_keep(etcd, key(deployment, card.member), msgspec.json.encode(card), ttl_s, stored))
+    registration = Registration(etcd, deployment, card, ttl_s)
+    task = asyncio.create_task(registration.keep())
     try:
-        await stored.wait()
-        yield
+        await registration.stored.wait()
+        yield registration
     finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -102,24 +158,6 @@ async def follow(etcd: Etcd, deployment: str, on_cards: Callable[[dict[str, Card
                 log.warning("etcd is away (%s); routing goes on with what was known", error)
             connected = False
         await asyncio.sleep(RETRY_S)
-
-
-async def _keep(etcd: Etcd, name: str, value: bytes, ttl_s: int, stored: asyncio.Event) -> None:
-    lease = 0
-    while True:
-        try:
-            if not lease:
-                granted = await etcd.grant(ttl_s)
-                await etcd.put(name, value, granted)
-                lease = granted  # only now: a lease without the card would be kept alive for nothing
-                stored.set()
-            await asyncio.sleep(ttl_s / 3)
-            await etcd.keep_alive(lease)
-        except LeaseLostError:
-            log.warning("the registration of %s was lost; registering again", name)
-            lease = 0
-        except EtcdError:
-            await asyncio.sleep(RETRY_S)
 
 
 def _member(name: str) -> str:

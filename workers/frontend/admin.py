@@ -1,0 +1,206 @@
+"""The operators' routes: operations on the live workers behind the frontend, under a key of their own.
+
+    GET  /admin/members               what every worker says of itself
+    POST /admin/<operation>           {"members": [...]} or {"role": ...}, or neither for all; and the operation's arguments
+    POST /sleep?level=1, /wake_up, /pause, /resume, /reset_prefix_cache, /start_profile, /stop_profile,
+         /v1/load_lora_adapter, /v1/unload_lora_adapter          the same, under vLLM's names
+
+The answer lists what each member said. Its status is 200 when all did it, and otherwise the worst of theirs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+from urllib.parse import parse_qsl
+
+import msgspec
+
+from launch.errors import closest
+from launch.plan import Member, Plan
+from launch.recipe import Kind
+from workers.frontend.errors import ApiError, error_body
+from workers.frontend.http import Connection, Request
+from workers.runtime import commands
+from workers.runtime.commands import Command, Operation, OperationError, Reply
+
+log = logging.getLogger(__name__)
+
+PREFIX = "/admin/"
+MEMBERS = "/admin/members"
+VLLM_NAMES: Mapping[str, Operation] = {
+    "/v1/load_lora_adapter": Operation.LOAD_LORA,
+    "/v1/unload_lora_adapter": Operation.UNLOAD_LORA,
+    "/reset_prefix_cache": Operation.CLEAR,
+    "/sleep": Operation.SLEEP,
+    "/wake_up": Operation.WAKE,
+    "/pause": Operation.PAUSE,
+    "/resume": Operation.RESUME,
+    "/start_profile": Operation.START_PROFILE,
+    "/stop_profile": Operation.STOP_PROFILE,
+}
+VLLM_FIELDS = {"lora_name": "name", "lora_path": "path", "profile_prefix": "prefix"}
+ADAPTERS = (Operation.LOAD_LORA, Operation.UNLOAD_LORA, Operation.LIST_LORA)
+GENERATING = (Kind.PREFILL, Kind.DECODE, Kind.AGGREGATED)
+
+
+class Asks(Protocol):
+    """What sends commands (`workers.runtime.commands.Commander`)."""
+
+    async def ask(self, member: str, command: Command, timeout_s: float) -> Reply:
+        """One member's reply."""
+        ...
+
+
+class Admin:
+    """The handler of the operators' routes. `registered(member)` says whether a worker is there to be asked."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        asks: Asks,
+        registered: Callable[[str], bool],
+        admin_key: str,
+        api_key: str,
+        drain_s: float,
+    ) -> None:
+        self._members = {member.name: member for member in plan.members if member.leader}
+        self._asks = asks
+        self._registered = registered
+        self._admin = f"Bearer {admin_key}".encode()
+        self._api = f"Bearer {api_key}".encode()
+        self._drain_s = drain_s
+
+    def owns(self, path: str) -> bool:
+        """Whether a path is one of these routes."""
+        return path.startswith(PREFIX) or path in VLLM_NAMES
+
+    async def __call__(self, request: Request, connection: Connection) -> None:
+        """Answer one request.
+
+        Raises:
+            ApiError: It is not allowed, or not understood; nothing was done.
+        """
+        self._authorize(request)
+        listing = request.path == MEMBERS
+        if request.method != ("GET" if listing else "POST"):
+            raise ApiError(405, f"{request.path} takes {'GET' if listing else 'POST'}, not {request.method}")
+        try:
+            if listing:
+                replies = await self._ask(Operation.STATUS, {}, list(self._members.values()))
+                report: dict[str, Any] = {"operation": Operation.STATUS, "members": replies}
+                connection.respond(200, msgspec.json.encode(report))
+                return
+            operation, given = self._understand(request)
+            targets = self._targets(operation, given)
+            partial = _partial(given)
+            commands.arguments(operation, given)  # what is wrong for all is said once
+        except OperationError as error:
+            raise ApiError(error.status, str(error)) from error
+        replies = await self._ask(operation, given, targets)
+        report = {"operation": operation, "members": replies}
+        if operation is Operation.LOAD_LORA and not partial:
+            report["rolled_back"] = await self._roll_back(given, replies)
+        self._respond(connection, report, replies)
+
+    def _authorize(self, request: Request) -> None:
+        given = request.headers.get("authorization", "").encode()
+        if hmac.compare_digest(given, self._admin):
+            return
+        if hmac.compare_digest(given, self._api):
+            raise ApiError(403, "this route needs the admin key (the file admin_key beside api_key), not the API key")
+        raise ApiError(401, "the admin key is missing or wrong: send it as `Authorization: Bearer <key>`")
+
+    def _understand(self, request: Request) -> tuple[Operation, dict[str, Any]]:
+        """The operation and its arguments, from the query and the body; of a field in both the body's value counts."""
+        body: Any = {}
+        if request.body.strip():
+            try:
+                body = msgspec.json.decode(request.body)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                raise ApiError(400, f"the body is not valid JSON: {error}") from error
+        if not isinstance(body, dict):
+            raise ApiError(400, "the body is not a JSON object")
+        given = dict(parse_qsl(request.query, keep_blank_values=True)) | body
+        operation = VLLM_NAMES.get(request.path)
+        if operation is None:
+            return commands.operation(request.path.removeprefix(PREFIX)), given
+        return operation, {VLLM_FIELDS.get(name, name): value for name, value in given.items()}
+
+    def _targets(self, operation: Operation, given: dict[str, Any]) -> list[Member]:
+        """Takes `members` and `role` out of what was given, and returns the members that are meant."""
+        names, role = given.pop("members", None), given.pop("role", None)
+        if names is not None and role is not None:
+            raise ApiError(400, "give either members or role, not both")
+        if names is not None:
+            names = [names] if isinstance(names, str) else names
+            if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+                raise ApiError(400, "members is a list of names", param="members")
+            return [self._member(name) for name in dict.fromkeys(names)]
+        found = list(self._members.values())
+        if role is not None:
+            found = [member for member in found if member.kind == role]
+            if not found:
+                roles = ", ".join(sorted({str(member.kind) for member in self._members.values()}))
+                raise ApiError(404, f"there is no {role!r} worker in this deployment: it has {roles}", param="role")
+        elif operation in ADAPTERS:
+            found = [member for member in found if member.kind in GENERATING]
+        if not found:
+            raise ApiError(404, f"this deployment has no worker for {operation}")
+        return found
+
+    def _member(self, name: str) -> Member:
+        found = self._members.get(name)
+        if found is None:
+            raise ApiError(
+                404,
+                f"there is no worker {name!r}{closest(name, self._members)}; there are {', '.join(self._members)}",
+                param="members",
+            )
+        return found
+
+    async def _ask(self, operation: Operation, given: Mapping[str, Any], targets: Sequence[Member]) -> list[Reply]:
+        """All at once; the replies in the order of the targets."""
+        timeout_s = commands.patience_s(operation, commands.arguments(operation, given), self._drain_s)
+        command = Command(operation=operation, arguments=dict(given))
+
+        async def one(member: str) -> Reply:
+            if not self._registered(member):
+                return Reply(member=member, status=503, message="it is not registered: it is starting, or lost")
+            return await self._asks.ask(member, command, timeout_s)
+
+        return await asyncio.gather(*(one(member.name) for member in targets))
+
+    async def _roll_back(self, given: Mapping[str, Any], replies: Sequence[Reply]) -> list[Reply]:
+        """An adapter that not all could load is served by none: unload it where this request has loaded it."""
+        if all(reply.status == 200 for reply in replies):
+            return []
+        # A member that did not answer in time may have loaded it all the same.
+        loaded = [self._members[reply.member] for reply in replies if reply.result.get("loaded") or reply.status == 504]
+        if not loaded:
+            return []
+        log.warning("adapter %s was not loaded everywhere; unloading it where it was", given.get("name"))
+        return await self._ask(Operation.UNLOAD_LORA, {"name": given["name"]}, loaded)
+
+    def _respond(self, connection: Connection, report: dict[str, Any], replies: Sequence[Reply]) -> None:
+        failed = [reply for reply in replies if reply.status != 200]
+        if not failed:
+            connection.respond(200, msgspec.json.encode(report))
+            return
+        status = max(reply.status for reply in failed)
+        said = "; ".join(f"{reply.member}: {reply.message}" for reply in failed)
+        error = msgspec.json.decode(error_body(status, said))
+        connection.respond(status, msgspec.json.encode(error | report))
+
+
+def _partial(given: dict[str, Any]) -> bool:
+    """Takes `partial` out of what was given: whether members that succeeded keep what others could not do."""
+    value = given.pop("partial", False)
+    if isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.lower(), value)
+    if not isinstance(value, bool):
+        raise ApiError(400, f"partial is true or false, got {value!r}", param="partial")
+    return value
