@@ -35,7 +35,9 @@ from launch.recipe import Kind, Launcher, Wait
             id="word for a number",
         ),
         pytest.param(
-            ["+recipe=tiny_disagg", "roles.decode.replicas=-1"], r"start at 1, got \(-1, 1, 1\)", id="negative count"
+            ["+recipe=tiny_disagg", "roles.decode.replicas=-1"],
+            r"start at 1, got \(-1, 1, 1, 1, 1\)",
+            id="negative count",
         ),
         pytest.param(
             ["+recipe=tiny_disagg", "roles.decode.replicas=0"],
@@ -47,7 +49,7 @@ from launch.recipe import Kind, Launcher, Wait
             r"add roles.prefill.replicas=1",
             id="decode without prefill",
         ),
-        pytest.param(["+recipe=tiny_disagg", "roles.aggregated.replicas=1"], r"do not mix", id="mixed"),
+        pytest.param(["+recipe=tiny_disagg", "roles.aggregated.replicas=1"], r"mix with no other role", id="mixed"),
         pytest.param(
             ["+recipe=tiny_agg", "launcher=slurrm"],
             r"one of slurm, local, debug, got 'slurrm', did you mean 'slurm'",

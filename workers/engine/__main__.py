@@ -7,6 +7,7 @@ the engine.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -19,14 +20,17 @@ import uvloop
 import zmq
 from prometheus_client import REGISTRY, start_http_server
 
-from launch.plan import Member, Plan, plan
-from launch.recipe import Backend, Recipe
+from launch.errors import LaunchError
+from launch.plan import Member, Plan, dp_ranks, plan
+from launch.recipe import Backend, Executor, Recipe
 from launch.records import Control, RunDirectory
 from slurm.children import report
 from slurm.places import Place, places
-from workers.engine import orphans
-from workers.engine.arguments import engine_arguments
+from slurm.together import GENERATION
+from workers.engine import connectors, orphans, ray_cluster
+from workers.engine.arguments import engine_arguments, fingerprint, role_of
 from workers.engine.base import Engine
+from workers.engine.follower import follow
 from workers.engine.server import RequestServer
 from workers.runtime.etcd import Etcd
 from workers.runtime.events import LoadEvent, publish_load
@@ -49,14 +53,43 @@ def main() -> int:
     where = plan(recipe)
     member = where.member(name)
     known = places(run.ranks(job.attempt))
-    engine = build(recipe, where, member, known)
+    role = role_of(recipe, member)
+    life = f"{job.submitted_at}/{os.environ.get(GENERATION, '')}"
     try:
-        return uvloop.run(serve(recipe, member, known[member.rank], control, engine))
-    finally:
-        engine.shutdown(timeout_s=5)
+        arguments = prepared(recipe, where, member, known, life)
+        with contextlib.ExitStack() as around:
+            ray = ray_cluster.start_command(where, member, known, ray_cluster.temp_dir())
+            if not member.leader:
+                return follow(recipe, role.executor, arguments, ray)
+            if role.executor is Executor.RAY and recipe.engine.backend is Backend.VLLM:
+                at = ray_cluster.address(where, member, known)
+                around.enter_context(ray_cluster.head(ray, at, recipe.engine.ready_timeout_s))
+            engine = build(recipe, arguments)
+            around.callback(engine.shutdown, timeout_s=5)
+            return uvloop.run(serve(recipe, member, known[member.rank], control, engine))
+    except LaunchError as error:
+        log.error("%s: %s", name, error)
+        return 1
 
 
-def build(recipe: Recipe, where: Plan, member: Member, known: dict[int, Place]) -> Engine:
+def prepared(recipe: Recipe, where: Plan, member: Member, known: dict[int, Place], life: str) -> dict[str, Any]:
+    """vLLM's engine arguments of the member; `life` tells this start of its engine from others.
+
+    Raises:
+        ConfigError: This environment lacks a package that they need.
+    """
+    arguments = engine_arguments(recipe, where, member, known)
+    transfer = arguments.get("kv_transfer_config")
+    if recipe.engine.backend is Backend.VLLM:
+        connectors.require_packages(transfer)
+        if role_of(recipe, member).executor is Executor.RAY:
+            ray_cluster.require_ray()
+    if transfer and member.nodes > 1 and not member.by_data:
+        arguments["kv_transfer_config"] = connectors.with_engine_id(transfer, f"{life}/{member.engine}")
+    return arguments
+
+
+def build(recipe: Recipe, arguments: dict[str, Any]) -> Engine:
     """The engine of the member, up and ready; blocks. No loop or thread of ours runs yet: vLLM may fork."""
     report("loading")
     if recipe.engine.backend is Backend.ECHO:
@@ -67,7 +100,7 @@ def build(recipe: Recipe, where: Plan, member: Member, known: dict[int, Place]) 
         return EchoEngine(Tokenizer.from_file(f"{recipe.model.path}/tokenizer.json"), recipe.engine.echo_interval_s)
     from workers.engine import vllm_engine
 
-    return vllm_engine.start(engine_arguments(recipe, where, member, known))
+    return vllm_engine.start(arguments)
 
 
 async def serve(recipe: Recipe, member: Member, place: Place, control: Control, engine: Engine) -> int:
@@ -111,6 +144,8 @@ async def serve(recipe: Recipe, member: Member, place: Place, control: Control, 
 
 def card_of(recipe: Recipe, member: Member, place: Place, engine: Engine) -> Card:
     """What the member registers."""
+    role = role_of(recipe, member)
+    dp_first, dp_count = dp_ranks(role, member)
     return Card(
         member=member.name,
         instance=secrets.token_hex(8),
@@ -121,6 +156,9 @@ def card_of(recipe: Recipe, member: Member, place: Place, engine: Engine) -> Car
         max_model_len=engine.sizes.max_model_len,
         block_size=engine.sizes.block_size,
         version=engine.sizes.version,
+        dp_first=dp_first,
+        dp_count=dp_count,
+        fingerprint=fingerprint(recipe, role, engine.sizes.version),
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
-from workers.engine import cpu
 from workers.engine.arguments import KV_LEASE_S
 from workers.engine.base import Ask, Load, LostError, Piece, RefusedError, Sampling, Sizes
+from workers.engine.configuration import configuration
+from workers.engine.connectors import lease_s
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -23,16 +24,15 @@ class VllmEngine:
         from vllm import __version__
 
         config = llm.vllm_config
-        lease_s = KV_LEASE_S
-        if config.kv_transfer_config is not None:
-            lease_s = config.kv_transfer_config.get_from_extra_config("kv_lease_duration", KV_LEASE_S)
         self._llm = llm
         self._sampling = Sampling(config.model_config.get_diff_sampling_param())
         self.load = load
         self.sizes = Sizes(
             max_model_len=config.model_config.max_model_len,
             block_size=config.cache_config.block_size,
-            lease_s=lease_s,
+            lease_s=lease_s(
+                dataclasses.asdict(transfer) if (transfer := config.kv_transfer_config) else None, KV_LEASE_S
+            ),
             version=__version__,
         )
 
@@ -92,33 +92,15 @@ def start(arguments: dict[str, Any]) -> VllmEngine:
     Raises:
         RuntimeError: The engine core did not come up; it logged why.
     """
-    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     load = Load()
-    config = AsyncEngineArgs(**_typed(arguments)).create_engine_config(UsageContext.OPENAI_API_SERVER)
-    if config.device_config.device_type == "cpu":
-        # Spawned, each engine process imports vLLM and torch again (10 s); the CPU platform sets this while the
-        # configuration is made, so it can only be changed here. Nothing of ours has started a thread yet.
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-        if config.kv_transfer_config is not None:
-            cpu.calm_nixl()
+    config = configuration(arguments)
     llm = AsyncLLM.from_vllm_config(
         config, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=[_load_logger(load)], disable_log_stats=True
     )
     return VllmEngine(llm, load)
-
-
-def _typed(arguments: dict[str, Any]) -> dict[str, Any]:
-    from vllm.config import KVTransferConfig
-
-    transfer = arguments.get("kv_transfer_config")
-    if isinstance(transfer, dict):
-        arguments = arguments | {"kv_transfer_config": KVTransferConfig(**transfer)}
-    if "master_port" in arguments:
-        arguments = arguments | {"master_port": int(arguments["master_port"])}
-    return arguments
 
 
 def _load_logger(load: Load) -> Any:
