@@ -55,7 +55,7 @@ def _check_model(recipe: Recipe, role: Role, shape: Shape) -> None:
     where, tensor = f"roles.{role.kind}", role.tensor_parallel
     if shape.heads and shape.heads % tensor:
         fitting = [size for size in range(1, shape.heads + 1) if shape.heads % size == 0]
-        near = sorted(sorted(fitting, key=lambda size: abs(size - tensor))[:2])
+        near = [max(size for size in fitting if size < tensor), *[size for size in fitting if size > tensor][:1]]
         raise ConfigError(
             f"{where}.tensor_parallel={tensor} does not divide the model's {shape.heads} attention heads: "
             f"use {' or '.join(map(str, near))}"
