@@ -141,7 +141,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class Spread:
     """What one engine takes: `slots` on each of `nodes` nodes."""
 
     nodes: int
@@ -165,7 +165,7 @@ def plan(recipe: Recipe) -> Plan:
     next_port: list[int] = [MEMBER_PORT] * first_rank
     members: list[Member] = []
     for role in recipe.roles:
-        wanted = shape(role, recipe, per_node)
+        wanted = spread_of(role, recipe, per_node)
         local_ranks = role.data_parallel // wanted.nodes if wanted.by_data else role.data_parallel
         for replica in range(role.replicas):
             rank = _first_fit(used, next_port, first_rank, wanted, per_node)
@@ -219,7 +219,7 @@ def slots_per_node(recipe: Recipe) -> int:
     return recipe.cluster.gpus_per_node
 
 
-def shape(role: Role, recipe: Recipe, per_node: int) -> Shape:
+def spread_of(role: Role, recipe: Recipe, per_node: int) -> Spread:
     """How many nodes an engine of the role takes, and what on each of them.
 
     Raises:
@@ -244,7 +244,7 @@ def shape(role: Role, recipe: Recipe, per_node: int) -> Shape:
             f"roles.{role.kind}: {ranks} data-parallel ranks on one node need {ports} ports and a rank has "
             f"{PORT_BLOCK - MEMBER_PORT}: use more nodes or replicas, and fewer ranks in an engine"
         )
-    return Shape(nodes, 1 if cpu else local, by_data, ports)
+    return Spread(nodes, 1 if cpu else local, by_data, ports)
 
 
 def _fewest_nodes(role: Role, recipe: Recipe, per_node: int) -> int:
@@ -298,7 +298,7 @@ def check_hosts(plan: Plan, hosts: Sequence[str], cluster: Cluster) -> None:
         )
 
 
-def _first_fit(used: list[int], next_port: list[int], first: int, wanted: Shape, per_node: int) -> int:
+def _first_fit(used: list[int], next_port: list[int], first: int, wanted: Spread, per_node: int) -> int:
     """The lowest rank from which enough consecutive ranks have room; ranks past the end are empty."""
     rank = first
     while True:

@@ -31,6 +31,7 @@ SHAPES = {
     "tp2": ("+recipe=tiny_tp2",),
     "tp2-2nodes": ("+recipe=tiny_tp2_2nodes",),
     "dp2": ("+recipe=tiny_dp2", "engine.kv_events=true"),
+    "dp4-2nodes": ("+recipe=tiny_dp4_2nodes",),
     "prefill-2nodes": PREFILL_OVER_NODES,
 }
 ECHO = ("+recipe=tiny_tp2_2nodes", "engine.backend=echo", "roles.aggregated.replicas=2")
@@ -139,6 +140,32 @@ def test_every_data_parallel_rank_serves_and_publishes(wide: Deployment, referen
     assert all("BlockStored" in found for found in events.values())
     for rank in sources:
         assert wide.metric("aggregated-0", f'vllm:generation_tokens_total{{engine="{rank}",model_name="tiny"}}') > 0
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("wide", ["dp4-2nodes"], indirect=True, scope="module")
+def test_each_node_serves_its_own_data_parallel_ranks(wide: Deployment, reference: Reference) -> None:
+    """One engine, two workers: the router sees both, and all four ranks produce tokens."""
+    ask_all(wide.client, reference.prompts[:24], complete, False)
+
+    for rank in range(4):
+        name = f'vllm:generation_tokens_total{{engine="{rank}",model_name="tiny"}}'
+        assert wide.metric(f"aggregated-0.{rank // 2}", name) > 0
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("wide", ["dp4-2nodes"], indirect=True, scope="module")
+def test_data_parallel_nodes_start_again_together(wide: Deployment, reference: Reference) -> None:
+    """Ranks that wait for each other at every step are of no use alone."""
+    names = ("aggregated-0.0", "aggregated-0.1")
+    before = members(wide)
+    os.kill(before[names[1]].pid, signal.SIGKILL)
+    until(lambda: members(wide)[names[0]].state is not State.READY)
+    until(lambda: whole_again(wide, before, names), 120)
+
+    assert ask_all(wide.client, reference.prompts[:4], complete, False) == reference.completions[:4]
 
 
 @pytest.mark.engine

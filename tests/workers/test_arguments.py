@@ -227,12 +227,12 @@ def test_a_model_that_is_not_there_yet_has_no_shape(tmp_path: Path) -> None:
         pytest.param("llama70b_agg", ["tensor_parallel=5"], LLAMA, r"32 attention heads: use 4 or 8", id="heads"),
         pytest.param("llama70b_agg", ["pipeline_parallel=99"], LLAMA, r"80 layers: use at most 80", id="layers"),
         pytest.param("llama70b_agg", ["expert_parallel=true"], LLAMA, r"no experts", id="experts of a dense model"),
-        pytest.param("llama70b_agg", ["data_parallel=4", "tensor_parallel=4"], LLAMA, r"replicas=4 and data_parallel=1", id="dense DP over nodes"),
+        pytest.param("llama70b_agg", ["data_parallel=4", "tensor_parallel=8"], LLAMA, r"replicas=4 and data_parallel=1", id="dense DP over nodes"),
         pytest.param("tiny_agg", ["pipeline_parallel=2"], None, r"CPU backend cannot pipeline", id="PP on the CPU"),
         pytest.param("tiny_agg", ["expert_parallel=true"], None, r"CPU backend crashes", id="EP on the CPU"),
         pytest.param("tiny_agg", ["executor=ray"], None, r"needs GPUs", id="Ray on the CPU"),
-        pytest.param("tiny_agg", ["data_parallel=2"], DEEPSEEK, r"dense models only", id="MoE DP on the CPU"),
-        pytest.param("tiny_agg", ["data_parallel=2", "nodes=2"], None, r"within one node", id="DP over nodes on the CPU"),
+        pytest.param("tiny_agg", ["data_parallel=2"], DEEPSEEK, r"no data parallelism for models with experts", id="MoE DP on the CPU"),
+pytest.param("tiny_agg", ["data_parallel=2", "nodes=2"], LLAMA, r"replicas=2 and data_parallel=1", id="a rank on each node"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(
@@ -277,10 +277,10 @@ def test_ray_gets_a_cluster_of_the_engine_s_own_nodes() -> None:
     head, joined = (ray_cluster.start_command(where, member, PLACES, "/t/ray") for member in where.members)
 
     assert head[1:] == (
-        *("-m", "ray.scripts.scripts", "start", "--head", "--port=20023", "--ray-client-server-port=20024"),
+        *("-m", "ray.scripts.scripts", "start", "--head", "--port=20023"),
         *("--include-dashboard=false", "--temp-dir=/t/ray", "--node-ip-address=10.0.0.1", "--num-gpus=4"),
-        *("--node-manager-port=20025", "--object-manager-port=20026", "--runtime-env-agent-port=20027"),
-        *("--metrics-export-port=20028", "--dashboard-agent-grpc-port=20029", "--dashboard-agent-listen-port=20030"),
+        *("--node-manager-port=20024", "--object-manager-port=20025", "--runtime-env-agent-port=20026"),
+        *("--metrics-export-port=20027", "--dashboard-agent-grpc-port=20028", "--dashboard-agent-listen-port=20029"),
         *("--disable-usage-stats", "--block"),
     )
     assert joined[3:6] == ("start", "--address=10.0.0.1:20023", "--node-ip-address=10.0.0.2")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launch.compose import read
 from launch.errors import ConfigError
+from launch.plan import plan
 from launch.recipe import Kind, Recipe
+from launch.records import RunDirectory
 from workers.engine.connectors import kv_transfer_config, lease_s, require_packages, with_engine_id
 
 NIXL = {
@@ -160,6 +163,16 @@ def test_what_cannot_work_is_refused(name: str, connector: object, overrides: li
     """With the reason, and what would work."""
     with pytest.raises(ConfigError, match=message):
         recipe(name, connector, *overrides)
+
+
+@pytest.mark.parametrize("connector", ["nixl", ["nixl", "lmcache"], OFFLOAD, [OFFLOAD, "lmcache"]], ids=str)
+def test_a_connector_reaches_the_ranks_as_it_was_written(tmp_path: Path, connector: object) -> None:
+    """Through the recipe's file in the run directory."""
+    asked = recipe("tiny_agg", connector)
+    run = RunDirectory(tmp_path / "run")
+    run.prepare(asked, plan(asked), attempt=1)
+
+    assert run.recipe() == asked
 
 
 def test_json_text_is_taken_as_vllm_s_command_line_takes_it() -> None:

@@ -30,7 +30,9 @@ from slurm.together import GENERATION
 from workers.engine import connectors, orphans, ray_cluster
 from workers.engine.arguments import engine_arguments, fingerprint, role_of
 from workers.engine.base import Engine
+from workers.engine.checks import check_engines
 from workers.engine.follower import follow
+from workers.engine.model import read_shape
 from workers.engine.server import RequestServer
 from workers.runtime.etcd import Etcd
 from workers.runtime.events import LoadEvent, publish_load
@@ -76,11 +78,12 @@ def prepared(recipe: Recipe, where: Plan, member: Member, known: dict[int, Place
     """vLLM's engine arguments of the member; `life` tells this start of its engine from others.
 
     Raises:
-        ConfigError: This environment lacks a package that they need.
+        ConfigError: The model does not fit them, or this environment lacks a package that they need.
     """
     arguments = engine_arguments(recipe, where, member, known)
     transfer = arguments.get("kv_transfer_config")
     if recipe.engine.backend is Backend.VLLM:
+        check_engines(recipe, read_shape(Path(recipe.model.path)))  # where it was launched the model may not be
         connectors.require_packages(transfer)
         if role_of(recipe, member).executor is Executor.RAY:
             ray_cluster.require_ray()

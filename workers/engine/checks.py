@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from launch.errors import ConfigError
+from launch.errors import ConfigError, PlanError
+from launch.plan import spread_of
 from launch.recipe import Backend, Executor, Kind, Recipe, Role
 from workers.engine.connectors import PULLED, check_connectors, children_of, kv_transfer_config
 from workers.engine.model import Shape
@@ -44,9 +45,9 @@ def _check_cpu(role: Role, shape: Shape | None) -> None:
         raise ConfigError(f"{where}.expert_parallel: vLLM's CPU backend crashes with it: leave it out, or use GPUs")
     if role.executor is Executor.RAY:
         raise ConfigError(f"{where}.executor=ray: vLLM's Ray executor needs GPUs: use executor=mp")
-    if role.data_parallel > 1 and ((shape and shape.moe) or (role.nodes or 1) > 1):
+    if role.data_parallel > 1 and shape and shape.moe:
         raise ConfigError(
-            f"{where}.data_parallel={role.data_parallel}: on the CPU it works within one node and with dense models only: "
+            f"{where}.data_parallel={role.data_parallel}: vLLM's CPU backend has no data parallelism for models with experts: "
             f"use {where}.replicas={role.replicas * role.data_parallel} instead, or GPUs"
         )
 
@@ -67,13 +68,24 @@ def _check_model(recipe: Recipe, role: Role, shape: Shape) -> None:
         )
     if role.expert_parallel and not shape.moe:
         raise ConfigError(f"{where}.expert_parallel: the model has no experts (config.json names none): leave it out")
-    gpus = recipe.cluster.gpus_per_node
-    wide = (role.nodes or 1) > 1 or (recipe.engine.device == "cuda" and 0 < gpus < role.world)
-    if role.data_parallel > 1 and not shape.moe and wide:
+    if role.data_parallel > 1 and not shape.moe and _lone_ranks(recipe, role):
         raise ConfigError(
-            f"{where}: the model has no experts, so its data-parallel ranks share nothing, and vLLM does not spread them "
-            f"over nodes: use {where}.replicas={role.replicas * role.data_parallel} and data_parallel=1"
+            f"{where}: with one data-parallel rank on each node vLLM wants a model with experts, and this one has none, so "
+            f"its ranks share nothing: use {where}.replicas={role.replicas * role.data_parallel} and data_parallel=1"
         )
+
+
+def _lone_ranks(recipe: Recipe, role: Role) -> bool:
+    """Whether an engine spreads over nodes with a single data-parallel rank on each.
+
+    With a dense model vLLM 0.32 starts that all the same, and then fails every request (seen on the CPU).
+    """
+    per_node = recipe.cluster.cpu_engines_per_node if recipe.engine.device == "cpu" else recipe.cluster.gpus_per_node
+    try:
+        spread = spread_of(role, recipe, per_node) if per_node else None
+    except PlanError:
+        return False  # the plan says why
+    return spread is not None and spread.by_data and role.data_parallel == spread.nodes
 
 
 def _check_pair(recipe: Recipe, shape: Shape | None) -> None:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 # Ray's servers on a node, in the order of `MemberPorts.ray`. The ports of its workers and agents that are not named here
 # are free ones that they find themselves.
-GCS, CLIENT, NODE_MANAGER, OBJECT_MANAGER, RUNTIME_ENV, METRICS, AGENT_GRPC, AGENT_HTTP = range(8)
+GCS, NODE_MANAGER, OBJECT_MANAGER, RUNTIME_ENV, METRICS, AGENT_GRPC, AGENT_HTTP = range(7)
 POLL_S = 0.5
 STOP_S = 20.0
 
@@ -66,7 +66,6 @@ def start_command(plan: Plan, member: Member, places: Mapping[int, Place], temp_
         *start,
         "--head",
         f"--port={places[head.rank].port(port + GCS)}",
-        f"--ray-client-server-port={place.port(port + CLIENT)}",
         "--include-dashboard=false",
         f"--temp-dir={temp_dir}",
         *shared,
