@@ -18,6 +18,7 @@ from launch.records import MemberRecord, Phase, State
 from slurm.places import places
 from tests.deployments import Deployment, deployed, processes_of, targets
 from tests.reference import Reference, ask_all, complete
+from tests.slurm_cluster import SlurmCluster
 from tests.system.test_lifecycle import until
 from workers.engine.arguments import kv_event_sources, role_of
 
@@ -204,6 +205,21 @@ def test_only_the_engine_of_a_dead_member_goes_down(two_engines: Deployment, vic
     assert {after[f"aggregated-0.{node}"].asked for node in (0, 1)} == {before[victim].generation + 1}
     for name in ("aggregated-1.0", "aggregated-1.1"):
         assert after[name].pid == before[name].pid
+
+
+@pytest.mark.slurm
+def test_an_engine_over_nodes_of_a_slurm_job_comes_back(
+    tmp_path: Path, tiny_model: Path, cluster: SlurmCluster
+) -> None:
+    """The same in a job whose step ran on two nodes: neither the job nor the step minds."""
+    shape = ("+recipe=tiny_tp2_2nodes", "engine.backend=echo", "cluster=slurm_cpu", "cluster.interface=lo")
+    names = ("aggregated-0.0", "aggregated-0.1")
+    with deployed(tmp_path, *shape, f"model.path=tiny:{tiny_model}", name="wide", env=cluster.env) as running:
+        before = members(running)
+        os.kill(before[names[1]].pid, signal.SIGKILL)
+        until(lambda: whole_again(running, before, names), 60)
+
+        assert complete(running.client, "after it", False).completion_tokens == 40
 
 
 def test_only_leaders_register(two_engines: Deployment) -> None:
