@@ -134,8 +134,7 @@ class Supervised:
                 if self._together:
                     watches.append(group.create_task(self._watch_others(self._together, child)))
                 code = await child.wait()
-                if self._together and not self._stopping.is_set() and not self._ending:
-                    self._together.ask()  # now, before anything is cleaned up: the others have to go too
+                self._engine_is_over()  # now, before anything is cleaned up: the others have to go too
                 for watch in watches:
                     watch.cancel()
         except* DeploymentError as errors:
@@ -194,8 +193,14 @@ class Supervised:
             self.first_ready.set()
             if self._together and self._together.leads:
                 self._together.served = True
+        if state is State.DRAINING:
+            self._engine_is_over()  # it says so before it has ended
         if not self._stopping.is_set():
             self._tell(state, report.detail)
+
+    def _engine_is_over(self) -> None:
+        if self._together and not (self._stopping.is_set() or self._ending or self._broken):
+            self._together.ask()
 
     def _tell(self, state: State, detail: str = "") -> None:
         self._on_state(self.command.name, state, self._child.pid if self._child else 0, detail)

@@ -78,12 +78,15 @@ class Together:
             await asyncio.sleep(POLL_S)
 
     async def broken(self) -> str:
-        """Return, with the reason, when this generation is over because of another member."""
+        """Return, with the reason, when this generation is over because of another member.
+
+        Not once this member has asked for the next itself: it is ending then, in its own way.
+        """
         while True:
             self._read()
             for member in self._others:
                 record = self._record(member)
-                if record and record.asked > self.generation:
+                if record and record.asked > max(self.generation, self.asked):
                     return f"{member.name} ended"
                 if self._lost(member.rank):
                     self.ask()

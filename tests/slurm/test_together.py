@@ -116,6 +116,7 @@ async def test_a_member_that_ends_takes_the_others_along(run: RunDirectory) -> N
         assert await head.broken() == f"{OTHER} ended"
     head.ask()
     assert head.asked == 1
+    assert not await happens(head.broken())  # it is ending by itself
 
 
 async def test_a_rank_that_ended_breaks_its_engines(run: RunDirectory) -> None:

@@ -34,6 +34,7 @@ SHAPES = {
     "dp2": ("+recipe=tiny_dp2", "engine.kv_events=true"),
     "dp4-2nodes": ("+recipe=tiny_dp4_2nodes",),
     "prefill-2nodes": PREFILL_OVER_NODES,
+    "prefill-dp2": ("+recipe=tiny_disagg", "roles.prefill.data_parallel=2", "roles.decode.data_parallel=2"),
 }
 ECHO = ("+recipe=tiny_tp2_2nodes", "engine.backend=echo", "roles.aggregated.replicas=2")
 
