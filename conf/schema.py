@@ -20,9 +20,21 @@ class RoleConf:
     tensor_parallel: int = 1
     """GPUs that share each layer of one engine."""
     pipeline_parallel: int = 1
-    """Stages that the layers of one engine are split into; an engine takes tensor_parallel * pipeline_parallel GPUs."""
+    """Stages that the layers of one engine are split into."""
+    data_parallel: int = 1
+    """Copies of the attention layers within one engine, each with requests of its own; the experts of a
+    mixture-of-experts model are shared between them. An engine takes tensor_parallel * pipeline_parallel * data_parallel
+    GPUs. For other models use replicas: their copies share nothing."""
+    expert_parallel: bool = False
+    """Give each GPU whole experts instead of a slice of each; mixture-of-experts models only."""
+    nodes: int | None = None
+    """Nodes that one engine spans; null takes as few as fit."""
+    executor: str = "mp"
+    """What starts an engine's processes: mp, vLLM's own multiprocessing, or ray, which must be installed."""
     args: dict[str, Any] = field(default_factory=dict)
-    """vLLM engine arguments of this role only, by vLLM's own names; they win over engine.args."""
+    """vLLM engine arguments of this role only, by vLLM's own names; they win over engine.args. The parsers and the chat
+    template of vLLM's API server (tool_call_parser, reasoning_parser, enable_auto_tool_choice, chat_template,
+    default_chat_template_kwargs) are taken too."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment of this role's engines only; wins over engine.env."""
 
@@ -55,7 +67,8 @@ class EngineConf:
     device: str = "cuda"
     """cuda or cpu."""
     args: dict[str, Any] = field(default_factory=dict)
-    """vLLM engine arguments by vLLM's own names (max_model_len, gpu_memory_utilization, ...)."""
+    """vLLM engine arguments by vLLM's own names (max_model_len, gpu_memory_utilization, ...), and the options named at
+    roles.<role>.args."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables of every engine process."""
     ready_timeout_s: float = 1800.0
@@ -71,6 +84,16 @@ class EngineConf:
     four times as long while the engine's processes compute."""
     echo_interval_s: float = 0.0
     """Seconds between the tokens of the echo engine; 0 is as fast as it can."""
+    connector: Any = "nixl"
+    """What moves KV cache out of an engine: nixl (from prefill to decode), lmcache, kvbm (offload and share), none, a list
+    of these, or vLLM's kv_transfer_config as a mapping or JSON text."""
+    kv_load_failure: str = "fail"
+    """What becomes of a request whose KV cache could not be fetched: fail (the frontend may try elsewhere), or recompute
+    on the decode engine, which lets a broken fabric pass for a slow one."""
+    kv_lease_s: int = 30
+    """Seconds that a prefill engine keeps the blocks of a prompt for its decode."""
+    kv_events: bool | None = None
+    """Engines publish which blocks they cache; null where the router needs it, which no mode of today does."""
 
 
 @dataclass
@@ -123,6 +146,8 @@ class ClusterConf:
     node's own name resolves to."""
     gpu_request: str | None = "gpus-per-node={n}"
     """How sbatch is asked for GPUs, as a flag with {n}: gpus-per-node={n}, gres=gpu:{n}; null asks for none."""
+    nixl_backends: list[str] = field(default_factory=lambda: ["UCX"])
+    """What NIXL moves KV cache with: UCX (InfiniBand, RoCE, NVLink), LIBFABRIC (Slingshot, EFA)."""
 
 
 @dataclass

@@ -17,13 +17,15 @@ from rich.console import Console
 from launch import watch
 from launch.compose import Launch, choices, read
 from launch.dry_run import describe
-from launch.errors import ConfigError, DeploymentError, LaunchError, NameTakenError, PlanError
+from launch.errors import ConfigError, DeploymentError, LaunchError, NameTakenError
 from launch.plan import Plan, plan
 from launch.progress import Display, endpoint_text
-from launch.recipe import Backend, Launcher, Wait
+from launch.recipe import Backend, Executor, Launcher, Wait
 from launch.records import Job, Phase, RunDirectory
 from launch.watch import View
 from slurm import executors
+from workers.engine.connectors import kv_transfer_config, require_packages
+from workers.engine.ray_cluster import require_ray
 
 HELP = """python -m launch +recipe=<name> [key=value ...]
 
@@ -66,7 +68,7 @@ def launch(asked: Launch, console: Console) -> None:
         print(describe(asked, where, run.path))
         return
     executors.check(asked.launcher, asked.recipe, where, executors.gpus_here())
-    _refuse_unserved(asked, where)
+    _check_packages(asked)
     _check_model(asked)
     alive = watch.where_alive(run)
     if alive:
@@ -185,15 +187,14 @@ def _raise_ended(run: RunDirectory, view: View, how: str) -> None:
     )
 
 
-def _refuse_unserved(asked: Launch, where: Plan) -> None:
-    """Refuse what is planned but not served yet, before it costs a place in a queue."""
-    wide = [member for member in where.members if member.nodes > 1]
-    if wide and asked.recipe.engine.backend is Backend.VLLM:
-        member = wide[0]
-        raise PlanError(
-            f"{member.engine} takes {member.nodes} nodes of {where.slots_per_node} GPUs, and engines over several nodes are "
-            f"not served yet: choose roles.{member.kind}.tensor_parallel of at most {where.slots_per_node}, or nodes with more GPUs"
-        )
+def _check_packages(asked: Launch) -> None:
+    """Refuse missing packages at once where the engines run in this environment; on a cluster the members do."""
+    if asked.launcher is Launcher.SLURM or asked.recipe.engine.backend is not Backend.VLLM:
+        return
+    for role in asked.recipe.roles:
+        require_packages(kv_transfer_config(asked.recipe, role.kind))
+        if role.executor is Executor.RAY:
+            require_ray()
 
 
 def _check_model(asked: Launch) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -24,9 +25,11 @@ from launch.recipe import (
     Cluster,
     Control,
     Engine,
+    Executor,
     Frontend,
     Kind,
     Launcher,
+    LoadFailure,
     LocalPrefillMode,
     Model,
     Recipe,
@@ -34,6 +37,8 @@ from launch.recipe import (
     RouterMode,
     Wait,
 )
+from workers.engine.checks import check_engines
+from workers.engine.model import read_shape
 
 E = TypeVar("E", bound=StrEnum)
 GROUPS = ("recipe", "cluster")
@@ -99,7 +104,7 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
         name=written.name,
         model=Model(path=str(path), name=written.model.name or path.name, tiny=written.model.path.startswith(TINY)),
         roles=tuple(
-            Role(kind=kind, **_fields(role))
+            Role(kind=kind, **_fields(role, executor=word(Executor, f"roles.{kind}.executor", role.executor)))
             for kind in Kind
             if (role := getattr(written.roles, kind.value)).replicas != 0
         ),
@@ -108,6 +113,8 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
                 written.engine,
                 backend=word(Backend, "engine.backend", written.engine.backend),
                 lora_dirs=tuple(written.engine.lora_dirs),
+                connector=_connector(written.engine.connector),
+                kv_load_failure=word(LoadFailure, "engine.kv_load_failure", written.engine.kv_load_failure),
             )
         ),
         control=Control(**_fields(written.control)),
@@ -119,12 +126,17 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
             )
         ),
         cluster=Cluster(
-            **_fields(written.cluster, launcher=word(Launcher, "cluster.launcher", written.cluster.launcher))
+            **_fields(
+                written.cluster,
+                launcher=word(Launcher, "cluster.launcher", written.cluster.launcher),
+                nixl_backends=tuple(written.cluster.nixl_backends),
+            )
         ),
         slurm=Batch(
             **_fields(written.slurm, setup=tuple(written.slurm.setup), srun_args=tuple(written.slurm.srun_args))
         ),
     )
+    check_engines(recipe, read_shape(path))
     return Launch(
         recipe=recipe,
         launcher=word(Launcher, "launcher", written.launcher) if written.launcher else recipe.cluster.launcher,
@@ -133,6 +145,21 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
         runs_dir=Path(written.runs_dir).expanduser().absolute(),
         overrides=overrides,
     )
+
+
+def _connector(value: Any) -> tuple[str | Mapping[str, Any], ...]:
+    """`engine.connector` as the list that it always is; `none` is the empty one."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ConfigError(f"engine.connector={value!r} is no JSON ({error})") from error
+    if value is None or value == "none":
+        return ()
+    entries = value if isinstance(value, list) else [value]
+    if not all(isinstance(entry, str | dict) for entry in entries) or (len(entries) > 1 and "none" in entries):
+        raise ConfigError(f"engine.connector is a connector's name, a list of names, or a mapping, got {value!r}")
+    return tuple(entries)
 
 
 def word(kind: type[E], key: str, value: str) -> E:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.compose import Launch
-from launch.plan import Plan
+from launch.plan import Member, Plan
 from launch.recipe import Backend, Launcher
 from launch.records import RunDirectory
 from slurm import commands, executors
@@ -42,7 +42,7 @@ def describe(asked: Launch, plan: Plan, run_dir: Path) -> str:
 def plan_table(plan: Plan) -> str:
     """Ranks, members, slots and ports."""
     table = Table(title=None)
-    for column in ("rank", "member", "slots", "requests", "metrics", "rendezvous", "side channel"):
+    for column in ("rank", "member", "slots", "requests", "metrics", "rendezvous", "side channel", "kv events"):
         table.add_column(column)
     for member in plan.members:
         ports = member.ports
@@ -52,12 +52,24 @@ def plan_table(plan: Plan) -> str:
             ",".join(map(str, member.slots)),
             f"+{ports.requests}" if member.leader else "",
             f"+{ports.metrics}" if member.leader else "",
-            f"+{ports.rendezvous}" if member.leader and member.nodes > 1 else "",
-            f"+{ports.side_channel}" if member.leader else "",
+            _rendezvous(member),
+            _ports(ports.side_channel, ports.ranks) if member.leader else "",
+            _ports(ports.kv_events, ports.ranks) if member.leader else "",
         )
     output = io.StringIO()
     Console(file=output, width=100).print(table)
     return output.getvalue()
+
+
+def _rendezvous(member: Member) -> str:
+    """Where an engine of several nodes meets."""
+    if member.nodes == 1 or member.node:
+        return ""
+    return f"+{member.ports.data_parallel if member.by_data else member.ports.rendezvous}"
+
+
+def _ports(first: int, count: int) -> str:
+    return f"+{first}" if count == 1 else f"+{first}..{first + count - 1}"
 
 
 def _members(asked: Launch, plan: Plan, run_dir: Path) -> str:

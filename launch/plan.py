@@ -10,25 +10,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.errors import PlanError
-from launch.recipe import Cluster, Kind, Recipe, Role
+from launch.recipe import Cluster, Executor, Kind, Recipe, Role
 
 # One table of port offsets for a rank's block; offset 0 guards the block (slurm.ports).
-PORT_BLOCK = 128
+PORT_BLOCK = 256
 NATS_PORT = 1
 ETCD_PORT = 2
 ETCD_PEER_PORT = 3
 FRONTEND_PORT = 8
 FRONTEND_PORTS = 8
 MEMBER_PORT = 16
-PORTS_PER_MEMBER = 8
-MEMBERS_PER_RANK = (PORT_BLOCK - MEMBER_PORT) // PORTS_PER_MEMBER
+RAY_PORTS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class MemberPorts:
-    """Offsets of a member's ports in the block of its rank."""
+    """Offsets of a member's ports in the block of its rank; `ranks` of them each for what every data-parallel rank has."""
 
     first: int
+    ranks: int = 1
+    ray_ports: int = 0
 
     @property
     def requests(self) -> int:
@@ -42,18 +43,47 @@ class MemberPorts:
 
     @property
     def rendezvous(self) -> int:
-        """torch.distributed rendezvous of an engine that spans nodes; leaders only."""
+        """torch.distributed rendezvous of an engine that spans nodes; node 0 only."""
         return self.first + 2
 
     @property
-    def side_channel(self) -> int:
-        """NIXL handshakes; one port for each data-parallel rank from here on."""
+    def data_parallel(self) -> int:
+        """Handshakes of data-parallel ranks on several nodes; node 0 only."""
         return self.first + 3
+
+    @property
+    def side_channel(self) -> int:
+        """NIXL handshakes; one port for each data-parallel rank of the member from here on."""
+        return self.first + 4
+
+    @property
+    def kv_events(self) -> int:
+        """KV events; one port for each data-parallel rank of the member from here on."""
+        return self.first + 4 + self.ranks
+
+    @property
+    def kv_replay(self) -> int:
+        """KV events that were missed; one port for each data-parallel rank of the member from here on."""
+        return self.first + 4 + 2 * self.ranks
+
+    @property
+    def ray(self) -> int:
+        """Ray's servers on this node, where the engine runs on Ray."""
+        return self.first + 4 + 3 * self.ranks
+
+    @property
+    def end(self) -> int:
+        """The offset after the last."""
+        return self.ray + self.ray_ports
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """The process of one engine on one node; node 0 of an engine is its leader."""
+    """The process of one engine on one node.
+
+    Node 0 of an engine is its leader: it serves for all of them. `by_data` engines spread their data-parallel ranks over
+    the nodes: there each member serves the ranks from `dp_first` on, and all are leaders.
+    """
 
     engine: str
     kind: Kind
@@ -63,6 +93,8 @@ class Member:
     rank: int
     slots: tuple[int, ...]
     ports: MemberPorts
+    by_data: bool = False
+    dp_first: int = 0
 
     @property
     def name(self) -> str:
@@ -71,8 +103,8 @@ class Member:
 
     @property
     def leader(self) -> bool:
-        """Whether this member talks to the frontends for its engine."""
-        return self.node == 0
+        """Whether this member talks to the frontends, for its engine or for its data-parallel ranks."""
+        return self.node == 0 or self.by_data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +132,22 @@ class Plan:
         raise PlanError(f"no member {name!r} in the plan: {', '.join(m.name for m in self.members)}")
 
     def leader_of(self, engine: str) -> Member:
-        """The member that speaks for an engine."""
-        return next(m for m in self.members if m.engine == engine and m.leader)
+        """Node 0 of an engine, where its other nodes find it."""
+        return next(m for m in self.members if m.engine == engine and m.node == 0)
+
+    def members_of(self, engine: str) -> tuple[Member, ...]:
+        """All members of an engine, in the order of its nodes."""
+        return tuple(m for m in self.members if m.engine == engine)
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """What one engine takes: `slots` on each of `nodes` nodes."""
+
+    nodes: int
+    slots: int
+    by_data: bool
+    ports: int
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -116,33 +162,45 @@ def plan(recipe: Recipe) -> Plan:
     per_node = slots_per_node(recipe)
     first_rank = 1 if recipe.control.dedicated else 0
     used: list[int] = [0] * first_rank
-    counts: list[int] = [0] * first_rank
+    next_port: list[int] = [MEMBER_PORT] * first_rank
     members: list[Member] = []
     for role in recipe.roles:
-        nodes, slots = shape(role, recipe, per_node)
+        wanted = spread_of(role, recipe, per_node)
+        local_ranks = role.data_parallel // wanted.nodes if wanted.by_data else role.data_parallel
         for replica in range(role.replicas):
-            rank = _first_fit(used, counts, first_rank, nodes, slots, per_node)
-            for node in range(nodes):
-                while len(used) <= rank + node:
-                    used.append(0)
-                    counts.append(0)
+            rank = _first_fit(used, next_port, first_rank, wanted, per_node)
+            for node in range(wanted.nodes):
                 here = rank + node
+                while len(used) <= here:
+                    used.append(0)
+                    next_port.append(MEMBER_PORT)
+                ports = MemberPorts(next_port[here], local_ranks, RAY_PORTS if role.executor is Executor.RAY else 0)
                 members.append(
                     Member(
                         engine=f"{role.kind}-{replica}",
                         kind=role.kind,
                         replica=replica,
                         node=node,
-                        nodes=nodes,
+                        nodes=wanted.nodes,
                         rank=here,
-                        slots=tuple(range(used[here], used[here] + slots)),
-                        ports=MemberPorts(MEMBER_PORT + counts[here] * PORTS_PER_MEMBER),
+                        slots=tuple(range(used[here], used[here] + wanted.slots)),
+                        ports=ports,
+                        by_data=wanted.by_data,
+                        dp_first=node * local_ranks if wanted.by_data else 0,
                     )
                 )
-                used[here] += slots
-                counts[here] += 1
+                used[here] += wanted.slots
+                next_port[here] = ports.end
     frontends = tuple(f"frontend-{i}" for i in range(recipe.frontend.processes))
     return Plan(ranks=len(used), slots_per_node=per_node, members=tuple(members), frontends=frontends)
+
+
+def dp_ranks(role: Role, member: Member) -> tuple[int, int]:
+    """The data-parallel ranks of its engine that a member serves: the first, and how many."""
+    if not member.by_data:
+        return 0, role.data_parallel
+    count = role.data_parallel // member.nodes
+    return member.node * count, count
 
 
 def slots_per_node(recipe: Recipe) -> int:
@@ -161,26 +219,70 @@ def slots_per_node(recipe: Recipe) -> int:
     return recipe.cluster.gpus_per_node
 
 
-def shape(role: Role, recipe: Recipe, per_node: int) -> tuple[int, int]:
-    """How many nodes an engine of the role takes, and how many slots on each of them.
+def spread_of(role: Role, recipe: Recipe, per_node: int) -> Spread:
+    """How many nodes an engine of the role takes, and what on each of them.
 
     Raises:
         PlanError: Its processes cannot be spread evenly.
     """
-    if recipe.engine.device == "cpu":
-        return 1, 1
-    if role.world <= per_node:
-        return 1, role.world
-    for nodes in range(2, role.world + 1):
-        if role.world % nodes == 0 and role.world // nodes <= per_node:
-            break
+    cpu = recipe.engine.device == "cpu"
+    nodes = role.nodes or (1 if cpu else _fewest_nodes(role, recipe, per_node))
     local = role.world // nodes
-    if local == 1 and per_node > 1:
+    by_data = nodes > 1 and role.data_parallel > 1
+    # A node holds whole data-parallel ranks: their own processes talk at every layer.
+    unit = role.rank_world if by_data else 1
+    if role.world % (nodes * unit) or (local > per_node and not cpu):
         raise PlanError(
-            f"roles.{role.kind}: tensor_parallel * pipeline_parallel = {role.world} does not divide over nodes of "
-            f"{per_node} GPUs ({recipe.cluster.name}): choose a multiple of {per_node}, or a size up to {per_node}"
+            f"roles.{role.kind}: an engine of {_sizes(role)} does not spread over {nodes} nodes"
+            f"{'' if cpu else f' of {per_node} GPUs'} ({recipe.cluster.name})"
+            f"{_fitting(role.world, nodes * unit, None if cpu else nodes * per_node)}"
         )
-    return nodes, local
+    ranks = role.data_parallel // nodes if by_data else role.data_parallel
+    ports = MemberPorts(0, ranks, RAY_PORTS if role.executor is Executor.RAY else 0).end
+    if ports > PORT_BLOCK - MEMBER_PORT:
+        raise PlanError(
+            f"roles.{role.kind}: {ranks} data-parallel ranks on one node need {ports} ports and a rank has "
+            f"{PORT_BLOCK - MEMBER_PORT}: use more nodes or replicas, and fewer ranks in an engine"
+        )
+    return Spread(nodes, 1 if cpu else local, by_data, ports)
+
+
+def _fewest_nodes(role: Role, recipe: Recipe, per_node: int) -> int:
+    """The fewest nodes of GPUs that an engine divides over; with data parallelism each holds whole ranks."""
+    if role.world <= per_node:
+        return 1
+    unit = role.rank_world if role.data_parallel > 1 else 1
+    for nodes in range(2, role.world + 1):
+        local = role.world // nodes
+        if role.world % nodes == 0 and local <= per_node and local % unit == 0:
+            break
+    else:
+        raise PlanError(
+            f"roles.{role.kind}: one data-parallel rank of {_sizes(role)} takes {role.rank_world} GPUs and a node of "
+            f"{recipe.cluster.name} has {per_node}: an engine either spreads its data-parallel ranks over nodes or spreads one "
+            f"rank; use replicas instead of data_parallel, or at most {per_node} GPUs for a rank"
+        )
+    if local == 1 and unit == 1 and per_node > 1:
+        raise PlanError(
+            f"roles.{role.kind}: an engine of {_sizes(role)} does not spread over nodes of {per_node} GPUs "
+            f"({recipe.cluster.name}){_fitting(role.world, per_node, None)}"
+        )
+    return nodes
+
+
+def _sizes(role: Role) -> str:
+    """The factors of an engine's size, as the user wrote them."""
+    named = {"tensor_parallel": role.tensor_parallel, "pipeline_parallel": role.pipeline_parallel}
+    named["data_parallel"] = role.data_parallel
+    return f"{' * '.join(f'{name}={size}' for name, size in named.items() if size > 1)} (together {role.world})"
+
+
+def _fitting(world: int, step: int, most: int | None) -> str:
+    """`: make it 8 or 12 together`, for the multiples of `step` around a size that does not fit."""
+    below = min(world - 1, most or world) // step * step
+    above = below + step
+    near = [str(size) for size in (below, above) if size and (most is None or size <= most)]
+    return f": make it {' or '.join(near)} together" if near else ": use more nodes"
 
 
 def check_hosts(plan: Plan, hosts: Sequence[str], cluster: Cluster) -> None:
@@ -196,11 +298,11 @@ def check_hosts(plan: Plan, hosts: Sequence[str], cluster: Cluster) -> None:
         )
 
 
-def _first_fit(used: list[int], counts: list[int], first: int, nodes: int, slots: int, per_node: int) -> int:
-    """The lowest rank from which `nodes` consecutive ranks have `slots` free each; ranks past the end are empty."""
+def _first_fit(used: list[int], next_port: list[int], first: int, wanted: Spread, per_node: int) -> int:
+    """The lowest rank from which enough consecutive ranks have room; ranks past the end are empty."""
     rank = first
     while True:
-        window = range(rank, min(rank + nodes, len(used)))
-        if all(used[r] + slots <= per_node and counts[r] < MEMBERS_PER_RANK for r in window):
+        window = range(rank, min(rank + wanted.nodes, len(used)))
+        if all(used[r] + wanted.slots <= per_node and next_port[r] + wanted.ports <= PORT_BLOCK for r in window):
             return rank
         rank += 1

@@ -11,18 +11,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from launch.errors import ConfigError
+from launch.errors import ConfigError, closest
 
-# vLLM's arguments that follow from the recipe; given apart from it they would contradict the plan.
-OWNED = frozenset(
-    (
-        *("model", "served_model_name", "tensor_parallel_size", "pipeline_parallel_size", "kv_transfer_config"),
-        *("data_parallel_size", "data_parallel_size_local", "data_parallel_rank", "data_parallel_start_rank"),
-        *("nnodes", "node_rank", "master_addr", "master_port"),
-    )
-)
 # vLLM 0.32 compares some of these in its handshake and answers wrongly when others differ.
-EQUAL = ("block_size", "dtype", "kv_cache_dtype")
+EQUAL = (
+    *("block_size", "dtype", "kv_cache_dtype", "revision", "code_revision", "quantization", "hf_overrides"),
+    *("prefix_caching_hash_algo", "mamba_block_size", "mamba_cache_dtype", "mamba_ssm_cache_dtype"),
+)
+HASH_SEED = "PYTHONHASHSEED"
+NIXL_BACKENDS = ("UCX", "LIBFABRIC")
 
 
 class Kind(StrEnum):
@@ -57,6 +54,20 @@ class Backend(StrEnum):
     ECHO = "echo"
 
 
+class Executor(StrEnum):
+    """What starts the processes of one engine: vLLM's own multiprocessing, or Ray."""
+
+    MP = "mp"
+    RAY = "ray"
+
+
+class LoadFailure(StrEnum):
+    """What becomes of a request whose KV cache could not be fetched: it fails, or its prompt is computed again."""
+
+    FAIL = "fail"
+    RECOMPUTE = "recompute"
+
+
 class RouterMode(StrEnum):
     """How a worker is chosen among those of a role."""
 
@@ -74,27 +85,41 @@ class LocalPrefillMode(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Role:
-    """A group of identical engines."""
+    """A group of identical engines; `nodes` is the number that each of them spans, None as few as fit."""
 
     kind: Kind
     replicas: int
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    data_parallel: int = 1
+    expert_parallel: bool = False
+    nodes: int | None = None
+    executor: Executor = Executor.MP
     args: Mapping[str, Any] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        counts = (self.replicas, self.tensor_parallel, self.pipeline_parallel)
-        if min(counts) < 1:
+        counts = (self.replicas, self.tensor_parallel, self.pipeline_parallel, self.data_parallel, self.nodes or 1)
+        if min(counts) < 1 or self.nodes == 0:
             raise ConfigError(
-                f"roles.{self.kind}: replicas, tensor_parallel and pipeline_parallel start at 1, got {counts}; "
-                f"to leave the role out write roles.{self.kind}.replicas=0"
+                f"roles.{self.kind}: replicas, tensor_parallel, pipeline_parallel, data_parallel and nodes start at 1, "
+                f"got {counts}; to leave the role out write roles.{self.kind}.replicas=0"
+            )
+        if self.executor is Executor.RAY and self.data_parallel > 1:
+            raise ConfigError(
+                f"roles.{self.kind}: executor=ray with data_parallel={self.data_parallel} is not served: "
+                "use executor=mp, or more replicas instead of data_parallel"
             )
 
     @property
-    def world(self) -> int:
-        """Processes that compute in one engine: tensor times pipeline parallel size."""
+    def rank_world(self) -> int:
+        """Processes that compute in one data-parallel rank: tensor times pipeline parallel size."""
         return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def world(self) -> int:
+        """Processes that compute in one engine."""
+        return self.rank_world * self.data_parallel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +144,10 @@ class Engine:
     canary_interval_s: float
     canary_timeout_s: float
     echo_interval_s: float
+    connector: tuple[str | Mapping[str, Any], ...] = ("nixl",)
+    kv_load_failure: LoadFailure = LoadFailure.FAIL
+    kv_lease_s: int = 30
+    kv_events: bool | None = None
     lora_dirs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -136,6 +165,11 @@ class Engine:
             raise ConfigError(
                 f"engine.canary_interval_s is at least 0 (0 sends no canaries) and engine.canary_timeout_s above 0, "
                 f"got {self.canary_interval_s} and {self.canary_timeout_s}"
+            )
+        if self.kv_lease_s < 6:
+            raise ConfigError(
+                f"engine.kv_lease_s is at least 6 (a decode engine renews it every sixth of it, and what is left of less "
+                f"than 5 s is never used), got {self.kv_lease_s}"
             )
 
 
@@ -186,8 +220,15 @@ class Cluster:
     cpu_engines_per_node: int
     interface: str | None
     gpu_request: str | None
+    nixl_backends: tuple[str, ...] = ("UCX",)
 
     def __post_init__(self) -> None:
+        unknown = [name for name in self.nixl_backends if name not in NIXL_BACKENDS]
+        if unknown or not self.nixl_backends:
+            raise ConfigError(
+                f"cluster.nixl_backends is a list of {', '.join(NIXL_BACKENDS)}, got {list(self.nixl_backends)}"
+                f"{closest(unknown[0].upper(), NIXL_BACKENDS) if unknown else ''}"
+            )
         if self.gpus_per_node < 0 or self.cpu_engines_per_node < 1:
             raise ConfigError(
                 f"cluster.gpus_per_node is at least 0 and cluster.cpu_engines_per_node at least 1, "
@@ -237,29 +278,26 @@ class Recipe:
             raise ConfigError("the recipe has prefill engines but none that decode: add roles.decode.replicas=1")
         if Kind.DECODE in kinds and Kind.PREFILL not in kinds:
             raise ConfigError("the recipe has decode engines but none that prefill: add roles.prefill.replicas=1")
-        for role in self.roles:
-            self._refuse_owned(role)
-        self._refuse_unequal()
+        if self.disaggregated:
+            self._refuse_unequal()
         if kinds & {Kind.AGGREGATED, Kind.EMBEDDING} and len(kinds) > 1:
             raise ConfigError("aggregated and embedding engines mix with no other role in one deployment: launch two")
 
-    def _refuse_owned(self, role: Role) -> None:
-        for where, args in (("engine", self.engine.args), (f"roles.{role.kind}", role.args)):
-            owned = sorted(set(args) & OWNED)
-            if owned:
-                raise ConfigError(
-                    f"{where}.args.{owned[0]} is decided by the plan: use roles.<role>.tensor_parallel, .pipeline_parallel, "
-                    "model.path or model.name"
-                )
-
     def _refuse_unequal(self) -> None:
-        for name in EQUAL:
-            values = {str(role.kind): role.args.get(name, self.engine.args.get(name)) for role in self.roles}
+        found = {name: {str(role.kind): self._value(role, name) for role in self.roles} for name in EQUAL}
+        found[HASH_SEED] = {
+            str(role.kind): role.env.get(HASH_SEED, self.engine.env.get(HASH_SEED)) for role in self.roles
+        }
+        for name, values in found.items():
             if len(set(map(str, values.values()))) > 1:
+                where = f"engine.env.{name}" if name == HASH_SEED else f"engine.args.{name}"
                 raise ConfigError(
                     f"prefill and decode engines must agree on {name}, or decode reads another layout than was written; "
-                    f"got {values}: set engine.args.{name} once"
+                    f"got {values}: set {where} once"
                 )
+
+    def _value(self, role: Role, name: str) -> Any:
+        return role.args.get(name, self.engine.args.get(name))
 
     @property
     def disaggregated(self) -> bool:

@@ -72,13 +72,18 @@ class Job(msgspec.Struct, kw_only=True):
 
 
 class MemberRecord(msgspec.Struct, kw_only=True):
-    """What the agent knows of one child."""
+    """What the agent knows of one child.
+
+    Of an engine over several ranks also which generation of it the member is in, and which it asks for (slurm.together).
+    """
 
     state: State
     since: float
     pid: int = 0
     restarts: int = 0
     detail: str = ""
+    generation: int = 0
+    asked: int = 0
 
 
 class RankRecord(msgspec.Struct, kw_only=True):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -30,6 +31,7 @@ from slurm.commands import VISIBLE_DEVICES
 from slurm.overseer import Overseer
 from slurm.places import Place
 from slurm.supervise import Command, Supervised
+from slurm.together import Together
 from workers.control import servers
 
 log = logging.getLogger(__name__)
@@ -108,6 +110,7 @@ class Agent:
         self._rank = rank
         self._stop = stop
         self._supervised: list[Supervised] = []
+        self._together: dict[str, Together] = {}
         self._unwritten = False
         # An agent begins with its process, imports included; the debug launcher's process began long before.
         self._started = time.monotonic() - (0.0 if job.launcher is Launcher.DEBUG else process_age_s())
@@ -171,21 +174,35 @@ class Agent:
         """Frontends (rank 0) and engine members, from their start to their end."""
         await self._wait_for_control()
         frontends = [self._frontend(name) for name in self._plan.frontends] if self._rank == 0 else []
-        engines: list[Supervised] = []
+        leaders: list[Supervised] = []
+        followers: list[tuple[Member, Supervised]] = []
         for member in self._plan.on(self._rank):
             await self._wait_for_rank(self._plan.leader_of(member.engine).rank)
-            if not self._stop.is_set():
-                engines.append(self._engine(member))
-        for item in (*frontends, *engines):
+            self._refuse_loopback()
+            if self._stop.is_set():
+                break
+            item = self._engine(member)
+            if member.leader:
+                leaders.append(item)
+            else:
+                followers.append((member, item))
+        for item in (*frontends, *leaders, *(item for _, item in followers)):
             group.create_task(item.run(), name=item.command.name)
         await self._stop.wait()
+        for item in (*leaders, *(item for _, item in followers)):
+            item.expect_end()
         if self._rank == 0:
             await _all_stopped(frontends)
             self._record.drained = True
             self._save()
         else:
             await self._wait_for(self._rank0_drained, self._recipe.engine.drain_s + 5)
-        await _all_stopped(engines)
+        await _all_stopped(leaders)
+        for member, _ in followers:
+            # An engine finishes with all of its nodes: the others end after node 0 has.
+            head = self._plan.leader_of(member.engine)
+            await self._wait_for(functools.partial(self._has_ended, head), self._recipe.engine.drain_s + 20)
+        await _all_stopped([item for _, item in followers])
         self._record.drained = True
 
     @contextlib.asynccontextmanager
@@ -210,6 +227,8 @@ class Agent:
         self._save()
         yield
         grace = self._recipe.engine.drain_s + 15
+        if any(not member.leader for member in self._plan.members):
+            grace *= 2  # followers end after their leaders
         await self._wait_for(lambda: not self._others_running(), grace)
         await _all_stopped(running)
         await asyncio.gather(*tasks)
@@ -234,9 +253,17 @@ class Agent:
     def _engine(self, member: Member) -> Supervised:
         place = Place(self._record.address, self._record.port_base)
         invocation = commands.engine(self._recipe, member, self._run.path, place, visible_devices())
-        return self._child(member.name, invocation, self._recipe.engine.ready_timeout_s)
+        together = None
+        if member.nodes > 1:
+            others = self._plan.members_of(member.engine)
+            changed = functools.partial(self._note_generation, member.name)
+            together = Together(self._run, self._job.attempt, others, member, changed)
+            self._together[member.name] = together
+        return self._child(member.name, invocation, self._recipe.engine.ready_timeout_s, together)
 
-    def _child(self, name: str, invocation: commands.Invocation, ready_timeout_s: float) -> Supervised:
+    def _child(
+        self, name: str, invocation: commands.Invocation, ready_timeout_s: float, together: Together | None = None
+    ) -> Supervised:
         return self._supervise(
             Command(
                 name=name,
@@ -245,11 +272,12 @@ class Agent:
                 log_path=self._run.log_of(self._job.attempt, name),
                 ready_timeout_s=ready_timeout_s,
                 stop_grace_s=self._recipe.engine.drain_s + 15,  # its own drain, and the engine's shutdown after it
-            )
+            ),
+            together,
         )
 
-    def _supervise(self, command: Command) -> Supervised:
-        item = Supervised(command, self._note_and_save)
+    def _supervise(self, command: Command, together: Together | None = None) -> Supervised:
+        item = Supervised(command, self._note_and_save, together)
         self._supervised.append(item)
         return item
 
@@ -304,6 +332,25 @@ class Agent:
         ranks = self._run.ranks(self._job.attempt)
         return [rank for rank, record in ranks.items() if rank != self._rank and not record.ended]
 
+    def _has_ended(self, member: Member) -> bool:
+        """Whether nothing is left of a member of another rank."""
+        rank = self._run.rank(self._job.attempt, member.rank)
+        if rank is None or rank.ended:
+            return True
+        record = rank.members.get(member.name)
+        return record is not None and record.state in (State.STOPPED, State.FAILED)
+
+    def _refuse_loopback(self) -> None:
+        """Refuse an address that rank 0's node cannot reach.
+
+        Raises:
+            LaunchError: The ranks are on different hosts, and one of the two gives a loopback address.
+        """
+        rank0 = self._run.rank(self._job.attempt, 0)
+        if rank0 is not None:
+            here, there = (self._record.host, self._record.address), (rank0.host, rank0.address)
+            hosts.refuse_loopback(here, there)
+
     async def _watch_rank0(self) -> None:
         """End with rank 0: when it was asked to stop, when it has ended.
 
@@ -316,7 +363,7 @@ class Agent:
                 rank0 = self._run.rank(self._job.attempt, 0)
                 if rank0 and rank0.heartbeat != last:
                     heard, last, allowed_s = time.monotonic(), rank0.heartbeat, LOST_RANK0_S
-                if self._run.stop_file.exists() or (rank0 and rank0.ended):
+                if self._run.stop_file.exists() or (rank0 and (rank0.drained or rank0.ended)):
                     self._stop.set()
             if time.monotonic() - heard > allowed_s and not self._stop.is_set():
                 raise DeploymentError(f"rank 0 was not heard for {allowed_s:.0f} s")
@@ -340,9 +387,16 @@ class Agent:
             restarts += 1
         if before is None or before.state is not state:
             log.info("%s is %s%s", name, state, f": {detail}" if detail else "")
-        self._record.members[name] = MemberRecord(
-            state=state, since=time.time(), pid=pid, restarts=restarts, detail=detail
-        )
+        record = MemberRecord(state=state, since=time.time(), pid=pid, restarts=restarts, detail=detail)
+        together = self._together.get(name)
+        if together:
+            record.generation, record.asked = together.generation, together.asked
+        self._record.members[name] = record
+
+    def _note_generation(self, name: str) -> None:
+        record, together = self._record.members[name], self._together[name]
+        record.generation, record.asked = together.generation, together.asked
+        self._save()
 
     def _save(self) -> None:
         """Write the record; a file system that is full or away must not end what serves."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import ipaddress
 import socket
 import struct
 
@@ -34,6 +35,22 @@ def address(interface: str | None) -> str:
             f"{host} resolves to loopback only: set cluster.interface to one of {', '.join(interfaces())}"
         )
     return routable[0]
+
+
+def refuse_loopback(here: tuple[str, str], there: tuple[str, str]) -> None:
+    """Refuse loopback addresses between two nodes, each given as its name and the address that it gives to others.
+
+    Raises:
+        LaunchError: The nodes are different ones, and one of the addresses leads back to whoever uses it.
+    """
+    if here[0] == there[0]:
+        return
+    for host, given in (here, there):
+        if ipaddress.ip_address(given).is_loopback:
+            raise LaunchError(
+                f"{host} gives the address {given}, which no other node can reach: set cluster.interface to the fabric's "
+                f"interface (here: {', '.join(name for name in interfaces() if name != 'lo') or 'none found'})"
+            )
 
 
 def interfaces() -> dict[str, str]:

@@ -35,7 +35,9 @@ from launch.recipe import Kind, Launcher, Wait
             id="word for a number",
         ),
         pytest.param(
-            ["+recipe=tiny_disagg", "roles.decode.replicas=-1"], r"start at 1, got \(-1, 1, 1\)", id="negative count"
+            ["+recipe=tiny_disagg", "roles.decode.replicas=-1"],
+            r"start at 1, got \(-1, 1, 1, 1, 1\)",
+            id="negative count",
         ),
         pytest.param(
             ["+recipe=tiny_disagg", "roles.decode.replicas=0"],

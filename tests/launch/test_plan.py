@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from launch.compose import choices, read
 from launch.errors import PlanError
-from launch.plan import MEMBERS_PER_RANK, PORT_BLOCK, Plan, check_hosts, plan
+from launch.plan import MEMBER_PORT, PORT_BLOCK, Member, Plan, check_hosts, dp_ranks, plan
 from launch.recipe import Kind, Recipe, Role
 
 RECIPES = choices("recipe")
@@ -72,10 +73,44 @@ def test_an_engine_over_two_nodes_has_one_leader() -> None:
     ]
 
 
-def test_a_size_that_does_not_divide_is_refused_with_one_that_does() -> None:
-    """TP 5 on nodes of 4 would use one GPU of five nodes."""
-    with pytest.raises(PlanError, match="multiple of 4"):
-        plan(recipe("llama70b_agg", "cluster=slurm_gpu4", "roles.aggregated.tensor_parallel=5"))
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        pytest.param("llama70b_agg", ["tensor_parallel=5"], r"make it 4 or 8 together", id="TP5 on 4: one GPU of five nodes"),
+        pytest.param("llama70b_agg", ["tensor_parallel=8", "nodes=3"], r"over 3 nodes of 4 GPUs.*6 or 9 together", id="3 nodes"),
+        pytest.param("llama70b_agg", ["tensor_parallel=16", "nodes=2"], r"make it 8 together", id="too few nodes"),
+        pytest.param("llama70b_agg", ["data_parallel=2", "tensor_parallel=8"], r"use replicas", id="DP of ranks over nodes"),
+        pytest.param("llama70b_agg", ["data_parallel=6", "tensor_parallel=2", "nodes=4"], r"8 or 16 together", id="DP6 on 4 nodes"),
+        pytest.param("tiny_agg", ["tensor_parallel=3", "nodes=2"], r"over 2 nodes.*2 or 4 together", id="CPU, TP3 on 2 nodes"),
+    ],
+)  # fmt: skip
+def test_a_size_that_does_not_divide_is_refused_with_those_that_do(
+    name: str, overrides: list[str], message: str
+) -> None:
+    """The sizes in the message are the nearest that the same cluster takes."""
+    with pytest.raises(PlanError, match=message):
+        plan(recipe(name, "cluster=slurm_gpu4", *(f"roles.aggregated.{text}" for text in overrides)))
+
+
+def test_data_parallel_ranks_over_nodes_are_served_by_each_node() -> None:
+    """Every node's member leads, for the ranks that follow those of the node before; its ports are as many as its ranks."""
+    asked = recipe("deepseek_dp16", "cluster=slurm_gpu8")
+    where = plan(asked)
+
+    assert [(m.name, m.leader, dp_ranks(asked.roles[0], m), m.dp_first, m.ports.ranks) for m in where.members] == [
+        ("aggregated-0.0", True, (0, 8), 0, 8),
+        ("aggregated-0.1", True, (8, 8), 8, 8),
+    ]
+
+
+def test_nodes_may_be_more_than_needed() -> None:
+    """`nodes` spreads an engine that would fit one node."""
+    where = plan(recipe("llama70b_agg", "cluster=slurm_gpu8", "roles.aggregated.nodes=2"))
+
+    assert [(m.name, m.rank, m.slots) for m in where.members] == [
+        ("aggregated-0.0", 0, (0, 1)),
+        ("aggregated-0.1", 1, (0, 1)),
+    ]
 
 
 def test_a_wrong_number_of_hosts_names_the_number_to_ask_for() -> None:
@@ -94,12 +129,14 @@ roles = st.builds(
     replicas=st.integers(1, 9),
     tensor_parallel=st.sampled_from([1, 2, 4, 8, 16]),
     pipeline_parallel=st.sampled_from([1, 2]),
+    data_parallel=st.sampled_from([1, 1, 2, 8, 16]),
+    nodes=st.sampled_from([None, None, 1, 2, 4]),
 )
 
 
 @given(roles, roles, st.sampled_from([4, 6, 8]), st.booleans())
 def test_any_plan_is_consistent(first: Role, second: Role, gpus: int, dedicated: bool) -> None:
-    """No slot and no port is given twice, no rank is empty, each engine has all of its slots."""
+    """No slot and no port is given twice, no rank is empty, each engine has all of its slots and ranks; or it is refused."""
     base = recipe("llama70b_disagg", f"cluster=slurm_gpu{gpus}")
     asked = replace(
         base,
@@ -107,7 +144,27 @@ def test_any_plan_is_consistent(first: Role, second: Role, gpus: int, dedicated:
         control=replace(base.control, dedicated=dedicated),
     )
 
-    assert_consistent(plan(asked), asked)
+    try:
+        where = plan(asked)
+    except PlanError as error:
+        assert re.search(r"roles\.(prefill|decode): .*: (make it|use) |use replicas", str(error))  # noqa: PT017  # hypothesis
+        return
+    assert_consistent(where, asked)
+
+
+@given(
+    st.sampled_from([Kind.AGGREGATED, Kind.PREFILL]), st.integers(1, 6), st.sampled_from([1, 2, 4]), st.integers(1, 4)
+)
+def test_any_plan_without_gpus_is_consistent(kind: Kind, replicas: int, tensor: int, per_node: int) -> None:
+    """The same where a slot is an engine: one for each node that the engine spans."""
+    base = recipe("tiny_disagg" if kind is Kind.PREFILL else "tiny_agg", f"cluster.cpu_engines_per_node={per_node}")
+    wide = [replace(role, replicas=replicas, tensor_parallel=tensor, nodes=tensor) for role in base.roles]
+    asked = replace(base, roles=tuple(wide))
+
+    where = plan(asked)
+
+    assert_consistent(where, asked)
+    assert all(len(member.slots) == 1 and member.nodes == tensor for member in where.members)
 
 
 def assert_consistent(where: Plan, asked: Recipe) -> None:
@@ -116,10 +173,10 @@ def assert_consistent(where: Plan, asked: Recipe) -> None:
     assert set(slots.values()) == {1}
     assert max(slot for _, slot in slots) < where.slots_per_node
     ports = Counter(
-        (member.rank, port) for member in where.members for port in range(member.ports.first, member.ports.first + 4)
+        (member.rank, port) for member in where.members for port in range(member.ports.first, member.ports.end)
     )
     assert set(ports.values()) == {1}
-    assert max(port for _, port in ports) < PORT_BLOCK
+    assert MEMBER_PORT <= min(port for _, port in ports) <= max(port for _, port in ports) < PORT_BLOCK
     first = 1 if asked.control.dedicated else 0
     assert {member.rank for member in where.members} == set(range(first, where.ranks))
     for role in asked.roles:
@@ -131,7 +188,15 @@ def assert_consistent(where: Plan, asked: Recipe) -> None:
             assert [member.rank for member in members] == list(range(members[0].rank, members[0].rank + len(members)))
             if asked.engine.device == "cuda":
                 assert sum(len(member.slots) for member in members) == role.world
-    assert all(len(where.on(rank)) <= MEMBERS_PER_RANK for rank in range(where.ranks))
+            served = [rank for member in members if member.leader for rank in _ranks(role, member)]
+            assert served == list(range(role.data_parallel))
+
+
+def _ranks(role: Role, member: Member) -> range:
+    first, count = dp_ranks(role, member)
+    assert first == member.dp_first
+    assert count == member.ports.ranks
+    return range(first, first + count)
 
 
 def test_planning_loads_nothing_heavy() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from launch.plan import PORT_BLOCK
 from launch.records import Phase, RunDirectory
 from tests.deployments import command, deployed, processes_of, start
 from tests.reference import complete
@@ -64,7 +65,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, tiny_model: Path) -> None:
     taken = {
         int(line.split()[1].rpartition(":")[2], 16) for line in listening.splitlines()[1:] if line.split()[3] == "0A"
     }
-    assert not taken & {port + offset for port in ports for offset in range(128)}
+    assert not taken & {port + offset for port in ports for offset in range(PORT_BLOCK)}
     endpoint = running.run.endpoint()
     assert endpoint
     assert endpoint.state is Phase.STOPPED
@@ -108,7 +109,7 @@ def test_a_dry_run_prints_what_is_then_submitted(tmp_path: Path, cluster: SlurmC
     assert submitted.read_text().strip() in dry.stdout
     for said in (
         "prefill-1 on rank 1",
-        "VLLM_NIXL_SIDE_CHANNEL_PORT=<rank 3 port 19>",
+        "VLLM_NIXL_SIDE_CHANNEL_PORT=<rank 3 port 20>",
         "python -m launch +recipe=tiny_2p2d",
     ):
         assert said in dry.stdout

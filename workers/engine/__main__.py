@@ -7,6 +7,7 @@ for the pulls of what was computed for others, end the engine. `workers.engine.l
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -19,17 +20,22 @@ import uvloop
 import zmq
 from prometheus_client import CollectorRegistry
 
-from launch.plan import Member, Plan, plan
-from launch.recipe import Backend, Recipe
+from launch.errors import LaunchError
+from launch.plan import Member, Plan, dp_ranks, plan
+from launch.recipe import Backend, Executor, Recipe, Role
 from launch.records import Control, RunDirectory
 from slurm.children import report
 from slurm.places import Place, places
-from workers.engine import orphans
-from workers.engine.arguments import engine_arguments, role_of
+from slurm.together import GENERATION
+from workers.engine import connectors, orphans, ray_cluster
+from workers.engine.arguments import engine_arguments, fingerprint, role_of
 from workers.engine.base import Engine
+from workers.engine.checks import check_engines
+from workers.engine.follower import follow
 from workers.engine.health import OperatorGate, Pulse, Standing, Watch
 from workers.engine.leaving import Stop, leave_at_once, time_for_pulls, until_pulled, until_stopped
 from workers.engine.metrics import Canaries, Labelled, WorkerFamilies
+from workers.engine.model import read_shape
 from workers.engine.operations import operated
 from workers.engine.options import serving_options
 from workers.engine.page import MetricsPage, own_multiprocess_folder, process_families
@@ -58,20 +64,50 @@ def main() -> int:
     where = plan(recipe)
     member = where.member(name)
     known = places(run.ranks(job.attempt))
-    engine = build(recipe, where, member, known)
-    death: str | None = None
+    role = role_of(recipe, member)
+    life = f"{job.submitted_at}/{os.environ.get(GENERATION, '')}"
     try:
-        death = uvloop.run(serve(recipe, member, known[member.rank], control, engine))
-    finally:
-        if death is None:
-            engine.shutdown(timeout_s=ENGINE_STOP_S)
-    if death:
-        log.error("%s: %s", name, death)
-        leave_at_once(1)
-    return 0
+        arguments = prepared(recipe, where, member, known, life)
+        with contextlib.ExitStack() as around:
+            ray = ray_cluster.start_command(where, member, known, ray_cluster.temp_dir())
+            if not member.leader:
+                return follow(recipe, role.executor, arguments, ray)
+            if role.executor is Executor.RAY and recipe.engine.backend is Backend.VLLM:
+                at = ray_cluster.address(where, member, known)
+                around.enter_context(ray_cluster.head(ray, at, recipe.engine.ready_timeout_s))
+            engine = build(recipe, role, arguments)
+            around.callback(engine.shutdown, timeout_s=ENGINE_STOP_S)
+            death = uvloop.run(serve(recipe, member, known[member.rank], control, engine))
+            if death is None:
+                return 0
+            log.error("%s: %s", name, death)
+            if role.executor is not Executor.RAY:  # Ray's own processes are not in our group: they are ended in order
+                leave_at_once(1)
+            return 1
+    except LaunchError as error:
+        log.error("%s: %s", name, error)
+        return 1
 
 
-def build(recipe: Recipe, where: Plan, member: Member, known: dict[int, Place]) -> Engine:
+def prepared(recipe: Recipe, where: Plan, member: Member, known: dict[int, Place], life: str) -> dict[str, Any]:
+    """vLLM's engine arguments of the member; `life` tells this start of its engine from others.
+
+    Raises:
+        ConfigError: The model does not fit them, or this environment lacks a package that they need.
+    """
+    arguments = engine_arguments(recipe, where, member, known)
+    transfer = arguments.get("kv_transfer_config")
+    if recipe.engine.backend is Backend.VLLM:
+        check_engines(recipe, read_shape(Path(recipe.model.path)))  # where it was launched the model may not be
+        connectors.require_packages(transfer)
+        if role_of(recipe, member).executor is Executor.RAY:
+            ray_cluster.require_ray()
+    if transfer and member.nodes > 1 and not member.by_data:
+        arguments["kv_transfer_config"] = connectors.with_engine_id(transfer, f"{life}/{member.engine}")
+    return arguments
+
+
+def build(recipe: Recipe, role: Role, arguments: dict[str, Any]) -> Engine:
     """The engine of the member, up and ready; blocks. No loop or thread of ours runs yet: vLLM may fork."""
     report("loading")
     if recipe.engine.backend is Backend.ECHO:
@@ -84,8 +120,7 @@ def build(recipe: Recipe, where: Plan, member: Member, known: dict[int, Place]) 
 
     # Slurm signals every process of a step. An engine core that gets SIGTERM aborts what it runs unless it has time.
     patient = {"shutdown_timeout": int(recipe.engine.drain_s)}
-    serving = serving_options(recipe, role_of(recipe, member))
-    return vllm_engine.start(patient | engine_arguments(recipe, where, member, known), serving)
+    return vllm_engine.start(patient | arguments, serving_options(recipe, role))
 
 
 async def serve(recipe: Recipe, member: Member, place: Place, control: Control, engine: Engine) -> str | None:
@@ -167,6 +202,8 @@ def labels_of(recipe: Recipe, member: Member) -> dict[str, str]:
 
 def card_of(recipe: Recipe, member: Member, place: Place, engine: Engine) -> Card:
     """What the member registers."""
+    role = role_of(recipe, member)
+    dp_first, dp_count = dp_ranks(role, member)
     return Card(
         member=member.name,
         instance=secrets.token_hex(8),
@@ -178,6 +215,9 @@ def card_of(recipe: Recipe, member: Member, place: Place, engine: Engine) -> Car
         block_size=engine.sizes.block_size,
         version=engine.sizes.version,
         tasks=engine.sizes.tasks,
+        dp_first=dp_first,
+        dp_count=dp_count,
+        fingerprint=fingerprint(recipe, role, engine.sizes.version),
     )
 
 

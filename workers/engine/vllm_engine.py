@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import dataclasses
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
-from workers.engine import cpu, transfer
+from workers.engine import transfer
 from workers.engine.arguments import KV_LEASE_S
 from workers.engine.base import Ask, Load, LostError, Operable, Piece, RefusedError, Response, Sizes, UnbegunError
+from workers.engine.configuration import configuration
+from workers.engine.connectors import lease_s
 from workers.engine.health import fallen_cores
 from workers.engine.metrics import EngineStats, sum_up
 from workers.engine.options import ServingOptions
@@ -35,9 +37,6 @@ class VllmEngine:
         from workers.engine.reader import Reader
 
         config = llm.vllm_config
-        lease_s = KV_LEASE_S
-        if config.kv_transfer_config is not None:
-            lease_s = config.kv_transfer_config.get_from_extra_config("kv_lease_duration", KV_LEASE_S)
         self._llm = llm
         self._serving = serving
         runner = config.model_config.runner_type
@@ -52,11 +51,12 @@ class VllmEngine:
         self.adapter_uses: Counter[str] = Counter()
         self.load = load
         self.stats = stats
+        passed = config.kv_transfer_config
         self.operable: Operable = VllmOperations(llm, self.adapters)
         self.sizes = Sizes(
             max_model_len=config.model_config.max_model_len,
             block_size=config.cache_config.block_size,
-            lease_s=lease_s,
+            lease_s=lease_s(dataclasses.asdict(passed) if passed else None, KV_LEASE_S),
             version=__version__,
             tasks=(runner,),
         )
@@ -176,34 +176,16 @@ def start(arguments: dict[str, Any], serving: ServingOptions) -> VllmEngine:
     Raises:
         RuntimeError: The engine core did not come up; it logged why.
     """
-    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     load, stats = Load(), dict[int, EngineStats]()
-    config = AsyncEngineArgs(**_typed(arguments)).create_engine_config(UsageContext.OPENAI_API_SERVER)
-    if config.device_config.device_type == "cpu":
-        # Spawned, each engine process imports vLLM and torch again (10 s); the CPU platform sets this while the
-        # configuration is made, so it can only be changed here. Nothing of ours has started a thread yet.
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-        if config.kv_transfer_config is not None:
-            cpu.calm_nixl()
+    config = configuration(arguments)
     loggers = [_load_logger(load, stats)]
     llm = AsyncLLM.from_vllm_config(
         config, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=loggers, disable_log_stats=True
     )
     return VllmEngine(llm, load, stats, serving)
-
-
-def _typed(arguments: dict[str, Any]) -> dict[str, Any]:
-    from vllm.config import KVTransferConfig
-
-    transfer = arguments.get("kv_transfer_config")
-    if isinstance(transfer, dict):
-        arguments = arguments | {"kv_transfer_config": KVTransferConfig(**transfer)}
-    if "master_port" in arguments:
-        arguments = arguments | {"master_port": int(arguments["master_port"])}
-    return arguments
 
 
 def _load_logger(load: Load, stats: dict[int, EngineStats]) -> Any:

@@ -34,7 +34,7 @@ class Text:
         self._tokenizer.no_padding()
         config = json.loads((folder / "tokenizer_config.json").read_text())
         self._special = {name: _token(config[name]) for name in SPECIAL_TOKENS if config.get(name)}
-        source, with_tools = _template_sources(folder, config) if chat_template is None else (chat_template, "")
+        source, with_tools = _template_sources(folder, config) if chat_template is None else (_given(chat_template), "")
         self._template = _environment().from_string(source) if source else None
         self._tool_template = _environment().from_string(with_tools) if with_tools else self._template
         self._variables = dict(variables or {})
@@ -198,6 +198,11 @@ def _template_sources(folder: Path, config: dict[str, Any]) -> tuple[str, str]:
         named = {item.get("name"): item["template"] for item in source}
         return named.get("default", ""), named.get("tool_use", "")
     return str(source), ""
+
+
+def _given(chat_template: str) -> str:
+    """A template that the recipe names by its path, or writes out."""
+    return chat_template if {"{", "\n"} & set(chat_template) else Path(chat_template).read_text()
 
 
 def _token(value: Any) -> str:
