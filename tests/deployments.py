@@ -48,12 +48,12 @@ class Deployment:
             name: member.pid for rank in self.run.ranks(job.attempt).values() for name, member in rank.members.items()
         }
 
-    def metric(self, member: str, name: str) -> float:
-        """Sum of a metric over its labels, on a member's page."""
+    def metric(self, member: str, name: str, **labels: str) -> float:
+        """Sum of a metric over its other labels, on a member's page."""
         pages = {item["labels"]["member"]: item["targets"][0] for item in targets(self.run)}
         total = 0.0
         for line in httpx.get(f"http://{pages[member]}/metrics").text.splitlines():
-            if line.startswith((f"{name} ", f"{name}{{")):
+            if line.startswith((f"{name} ", f"{name}{{")) and all(f'{key}="{labels[key]}"' in line for key in labels):
                 total += float(line.rpartition(" ")[2])
         return total
 

@@ -64,14 +64,14 @@ def test_the_cache_really_moved(deployment: Deployment, reference: Reference) ->
     frontend = "frontend-0"
     fresh = tuple(f"again {text}" for text in reference.prompts[:12])
     moved = [deployment.metric(name, "vllm:nixl_bytes_transferred_sum") for name in decodes]
-    legs = {kind: deployment.metric(frontend, f'baton_frontend_legs_total{{kind="{kind}"}}') for kind in Kind}
+    legs = {kind: deployment.metric(frontend, "baton_frontend_legs_total", kind=kind) for kind in Kind}
     ask_all(deployment.client, fresh, complete, False)
 
     for name, before in zip(decodes, moved, strict=True):
         assert deployment.metric(name, "vllm:nixl_bytes_transferred_sum") > before
         assert deployment.metric(name, "vllm:nixl_num_failed_transfers_total") == 0
     for kind, added in {Kind.PREFILL: len(fresh), Kind.DECODE: len(fresh), Kind.AGGREGATED: 0}.items():
-        assert deployment.metric(frontend, f'baton_frontend_legs_total{{kind="{kind}"}}') == legs[kind] + added
+        assert deployment.metric(frontend, "baton_frontend_legs_total", kind=kind) == legs[kind] + added
 
 
 def test_a_client_that_leaves_is_cancelled_at_the_engine(deployment: Deployment) -> None:

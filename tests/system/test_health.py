@@ -304,9 +304,10 @@ async def main(engine):
 if __name__ == "__main__":
     from workers.engine import vllm_engine
     from workers.engine.leaving import leave_at_once
+    from workers.engine.options import ServingOptions
     from workers.engine.orphans import die_with
     die_with(os.getpid())
-    engine = vllm_engine.start(json.loads(sys.argv[1]))
+    engine = vllm_engine.start(json.loads(sys.argv[1]), ServingOptions())
     asyncio.run(main(engine))
     leave_at_once(0)
 """

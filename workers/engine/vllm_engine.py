@@ -34,8 +34,11 @@ class VllmEngine:
     def __init__(self, llm: AsyncLLM, load: Load, stats: dict[int, EngineStats], serving: ServingOptions) -> None:
         from vllm import __version__
 
+        # Imported now: with the first request it would hold up the loop for seconds, and frontends would take us for dead.
+        from workers.engine import pooling, vllm_request
         from workers.engine.reader import Reader
 
+        self._requests, self._poolings = vllm_request, pooling
         config = llm.vllm_config
         self._llm = llm
         self._serving = serving
@@ -66,11 +69,9 @@ class VllmEngine:
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        from workers.engine.vllm_request import VllmRequest, refusing
-
         if self._reader is None:
             raise RefusedError("this model does not generate text")
-        request = VllmRequest(self._reader, ask)
+        request = self._requests.VllmRequest(self._reader, ask)
         prompt: dict[str, Any] = {"prompt_token_ids": request.prompt}
         if request.cache_salt is not None:
             prompt["cache_salt"] = request.cache_salt
@@ -81,7 +82,7 @@ class VllmEngine:
             await self._peers.check(transfer.peer(ask.transfer))
             pull = transfer.unpack(ask.transfer, len(request.prompt), self.sizes.block_size)
             sampling.extra_args = {**(sampling.extra_args or {}), "kv_transfer_params": pull}
-        with self._using(ask.adapter) as adapter, refusing():
+        with self._using(ask.adapter) as adapter, self._requests.refusing():
             try:
                 stream = self._llm.generate(
                     prompt,
@@ -108,11 +109,11 @@ class VllmEngine:
 
     async def call(self, request_id: str, route: str, body: bytes) -> Response:
         """Answer a request whole; see `base.Engine`."""
-        from workers.engine.pooling import Pooling
-
         if self._pooling is None:
             served = self._llm.model_config.served_model_name
-            self._pooling = await Pooling.of(self._llm, served, self.adapters, self._serving.chat_template)
+            self._pooling = await self._poolings.Pooling.of(
+                self._llm, served, self.adapters, self._serving.chat_template
+            )
         answered: Response = await self._pooling.call(route, body)
         return answered
 
