@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +147,7 @@ def ask_all(client: OpenAI, texts: tuple[str, ...], ask: Any, stream: bool, at_o
 
 
 @contextlib.contextmanager
-def plain_vllm(model: Path, folder: Path, **arguments: str) -> Iterator[str]:
+def plain_vllm(model: Path, folder: Path, env: Mapping[str, str] | None = None, /, **arguments: str) -> Iterator[str]:
     """vLLM's own API server on the model; yields its base URL. `arguments` are more of its options, "" for a flag."""
     port = next(port for port in range(33000, 34000) if is_free(port))
     options = {
@@ -167,8 +167,8 @@ def plain_vllm(model: Path, folder: Path, **arguments: str) -> Iterator[str]:
         flag = f"--{name.replace('_', '-')}"
         argv.append(f"{flag}={value}" if value else flag)
     with (folder / "vllm.log").open("w") as log:
-        env = {**os.environ, **CPU_ENV, "TMPDIR": str(folder)}
-        server = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        whole = {**os.environ, **CPU_ENV, **(env or {}), "TMPDIR": str(folder)}
+        server = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, env=whole, start_new_session=True)
     try:
         _wait_until_up(server, port, folder / "vllm.log")
         yield f"http://127.0.0.1:{port}"

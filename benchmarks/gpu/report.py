@@ -4,7 +4,7 @@
     python -m benchmarks.gpu.report DIR --write docs/gpu.md        # put them between the file's markers
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is between is replaced. Where a row was measured
-more than once, the last one counts.
+more than once, the last one counts; transfer rates, which scatter, are all shown.
 """
 
 from __future__ import annotations
@@ -35,8 +35,16 @@ def main() -> None:
 
 
 def read(folders: Iterable[Path]) -> list[Row]:
-    """The rows of all runs in their order."""
-    return [json.loads(line) for folder in folders for line in (folder / "rows.jsonl").read_text().splitlines()]
+    """The rows of all runs in their order; what a deployment was launched with beside its shape goes to its loads too."""
+    rows: list[Row] = [
+        json.loads(line) for folder in folders for line in (folder / "rows.jsonl").read_text().splitlines()
+    ]
+    settings: dict[tuple[str, str], str] = {}
+    for row in rows:
+        key = (row["step"], row["shape"])
+        settings[key] = row.get("extra", settings.get(key, ""))
+        row["extra"] = settings[key]
+    return rows
 
 
 def fill(text: str, made: Mapping[str, str]) -> str:
@@ -50,13 +58,13 @@ def fill(text: str, made: Mapping[str, str]) -> str:
 
 def tables(rows: Sequence[Row]) -> dict[str, str]:
     """All tables by name, in markdown."""
-    last = {(row["step"], row["shape"], row.get("load"), row.get("tokens")): row for row in rows}
+    last = {(row["step"], row["shape"], row.get("load"), row.get("extra")): row for row in rows}
     kept = list(last.values())
     return {
         "machine": machine(kept),
         "answers": answers([row for row in kept if row["step"] in ("tokens", "mismatch") and "equal" in row]),
         "sleep": sleep([row for row in kept if row["step"] == "sleep" and "before_mib" in row]),
-        "transfer": transfer([row for row in kept if row["step"] == "transfer" and "gb_s" in row]),
+        "transfer": transfer([row for row in rows if row["step"] == "transfer" and "gb_s" in row]),
         "load": load([row for row in kept if row["step"] in ("baton70b", "bare70b") and "tok_s_gpu" in row]),
         "ratio": ratio(kept),
         "failed": failed(rows),
@@ -123,12 +131,15 @@ def transfer(rows: Sequence[Row]) -> str:
 
 def load(rows: Sequence[Row]) -> str:
     """Every workload on every shape, plain engines under Baton."""
-    ordered = sorted(rows, key=lambda row: (row["shape"] == "conditional", row["shape"], row["load"], row["step"]))
+    ordered = sorted(
+        rows,
+        key=lambda row: (row["shape"] == "conditional", row["shape"], row["load"], row["step"], row.get("extra", "")),
+    )
     return _table(
         ("", "tok/s/GPU", "TTFT p50 / p99", "ITL p50 / p99", "longest gap", "failed", "prefills"),
         [
             (
-                f"{'plain vLLM' if row['step'] == 'bare70b' else 'Baton'} {row['shape']}, {row['load']}",
+                f"{'plain vLLM' if row['step'] == 'bare70b' else 'Baton'} {row['shape']}, {row['load']}{_with(row)}",
                 f"{row['tok_s_gpu']:.1f}",
                 f"{row['ttft_p50_s']:.2f} / {row['ttft_p99_s']:.2f} s",
                 f"{row['itl_p50_ms']:.1f} / {row['itl_p99_ms']:.1f} ms",
@@ -158,7 +169,13 @@ def failed(rows: Sequence[Row]) -> str:
     """What did not run, in the words of the run."""
     lines = [f"- {row['step']}: {row['why']}" for row in rows if row["shape"] == "failed"]
     lines += [f"- {row['step']} {row['shape']} {row['load']}: {row['skipped']}" for row in rows if "skipped" in row]
-    return "\n".join(lines) or "Nothing."
+    return "\n".join(dict.fromkeys(lines)) or "Nothing."
+
+
+def _with(row: Row) -> str:
+    """The settings of a row, short: keys without the folder that they share."""
+    words = [word.removeprefix("frontend.") for word in row.get("extra", "").split()]
+    return f" ({', '.join(words)})" if words else ""
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,3 +74,39 @@ def test_it_answers_what_plain_vllm_answers_whole_only(
     found = answer(deployment.http, deployment.endpoint.url.removesuffix("/v1"), UNARY_CASES[name], False)
 
     assert found == expected[name, False]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param({"kv_transfer_params": {"do_remote_prefill": True}}, id="as itself"),
+        pytest.param({"ec_transfer_params": {"x": 1}}, id="an encoder's"),
+        pytest.param({"vllm_xargs": {"kv_transfer_params": "x"}}, id="by the back door"),
+    ],
+)
+def test_transfer_parameters_are_not_taken_from_a_client(deployment: Deployment, sent: dict[str, Any]) -> None:
+    """They would end the engine, or bring it another prompt's tokens (vLLM 0.32); the worker lives on."""
+    before = deployment.pids()
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 3, **sent}
+    refused = deployment.http.post(f"{deployment.endpoint.url}/completions", json=body)
+
+    assert refused.status_code == 400
+    assert "never taken from a client" in refused.json()["error"]["message"]
+    assert deployment.client.completions.create(model="tiny", prompt="still there", max_tokens=3).choices
+    assert deployment.pids() == before
+
+
+def test_what_decode_refuses_costs_prefill_no_blocks(deployment: Deployment) -> None:
+    """A grammar is compiled by the engine that answers; what was computed for it before is freed at once, not at the end
+    of its lease."""
+    if "prefill-0" not in deployment.pids():
+        pytest.skip("one engine computes and answers")
+    body = {"model": "tiny", "prompt": "stone " * 300, "structured_outputs": {"regex": "[a-"}}
+    refused = deployment.http.post(f"{deployment.endpoint.url}/completions", json=body)
+    asked = time.monotonic()
+    while deployment.metric("prefill-0", "baton_worker_kv_usage_ratio") > 0:
+        assert time.monotonic() - asked < 10
+        time.sleep(0.05)
+
+    assert refused.status_code == 400
+    assert deployment.metric("prefill-0", "baton_worker_nixl_expired_leases_total") == 0
