@@ -49,7 +49,7 @@ def plan_table(plan: Plan) -> str:
         table.add_row(
             str(member.rank),
             member.name,
-            ",".join(map(str, member.slots)),
+            _span(member.slots),
             f"+{ports.requests}" if member.leader else "",
             f"+{ports.metrics}" if member.leader else "",
             _rendezvous(member),
@@ -57,7 +57,7 @@ def plan_table(plan: Plan) -> str:
             _ports(ports.kv_events, ports.ranks) if member.leader else "",
         )
     output = io.StringIO()
-    Console(file=output, width=100).print(table)
+    Console(file=output, width=120).print(table)
     return output.getvalue()
 
 
@@ -70,6 +70,11 @@ def _rendezvous(member: Member) -> str:
 
 def _ports(first: int, count: int) -> str:
     return f"+{first}" if count == 1 else f"+{first}..{first + count - 1}"
+
+
+def _span(slots: tuple[int, ...]) -> str:
+    """`0-7`, or `3`; a member's slots are consecutive."""
+    return str(slots[0]) if len(slots) == 1 else f"{slots[0]}-{slots[-1]}"
 
 
 def _members(asked: Launch, plan: Plan, run_dir: Path) -> str:

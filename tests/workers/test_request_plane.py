@@ -428,6 +428,20 @@ async def test_an_adapter_is_asked_for_where_it_is_loaded(plane: Plane) -> None:
         assert plane.pool.pick(Kind.AGGREGATED, asked, set()).link.card.instance == holder.card.instance
 
 
+async def test_an_adapter_is_offered_once_every_kind_of_worker_has_it(plane: Plane) -> None:
+    """A prompt that is computed with it is worth nothing to a decode worker without."""
+    plane.pool = Pool(plane.links, {kind: mode(RouterMode.ROUND_ROBIN) for kind in Kind}, True, plane.legs.append)
+    offered = []
+    workers = [plane.add(Kind.PREFILL), plane.add(Kind.DECODE)]
+    await plane.ready(2)
+    for worker in workers:
+        offered.append(plane.pool.adapters)
+        worker.card = msgspec.structs.replace(worker.card, adapters=("poet",))
+        plane.links.update({item.card.member: item.card for item in plane.workers})
+
+    assert [*offered, plane.pool.adapters] == [[], [], ["poet"]]
+
+
 async def test_only_alike_engines_are_paired(plane: Plane) -> None:
     """A KV cache of another model, version or block size would be read as if it were one's own."""
     for kind, fingerprint in ((Kind.PREFILL, "a"), (Kind.DECODE, "b")):

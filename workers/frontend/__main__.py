@@ -82,7 +82,7 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys:
     served = Served(
         name=recipe.model.name,
         max_model_len=lambda: context_of(links),
-        adapters=lambda: sorted({name for link in links if link.usable for name in link.card.adapters}),
+        adapters=lambda: pool.adapters,
         created=int(time.time()),
     )
     serving = serving_options(recipe, recipe.roles[-1])

@@ -308,7 +308,7 @@ class Generation:
         self.choices = ask.n or 1
         self._echoes = echoes
         self._options = options(fields)
-        self._logprobs = fields.get("logprobs") not in (None, False)
+        self._logprobs = fields.get("logprobs") is not None and fields["logprobs"] is not False  # 0 asks for them too
         self._id = f"{'chatcmpl' if shape is Shape.CHAT else 'cmpl'}-{secrets.token_hex(12)}"
 
     def check(self, max_model_len: int) -> None:
@@ -368,7 +368,7 @@ class Generation:
                         dp_rank=dp_rank,
                         choice=choice,
                         reads_prompt=ask.reads_prompt,
-                        restarts=self._logprobs and not ask.streams,
+                        restarts=(self._logprobs or ask.reads_prompt) and not ask.streams,
                     )
                 )
         return found

@@ -164,6 +164,13 @@ class Pool:
         return [kind for kind in self.missing if kind is not Kind.PREFILL]
 
     @property
+    def adapters(self) -> list[str]:
+        """The LoRA adapters that can be asked for: those that some worker of each kind has."""
+        there = [kind for kind in self._needed if self.usable(kind)]
+        found = [{name for link in self.usable(kind) for name in link.card.adapters} for kind in there]
+        return sorted(set.intersection(*found)) if found else []
+
+    @property
     def pooling(self) -> bool:
         """Whether the deployment's model answers with vectors or scores, not with text."""
         return Kind.EMBEDDING in self._needed
