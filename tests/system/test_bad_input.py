@@ -46,6 +46,31 @@ def refused(folder: Path, *overrides: str, env: dict[str, str] | None = None, ti
         ),
         pytest.param(["+recipe=llama70b_agg"], "cluster.gpus_per_node=8", id="no GPUs"),
         pytest.param(
+            ["+recipe=tiny_disagg", "engine.args.tool_call_parser=hermez"],
+            "tool_call_parser='hermez' is no parser of vLLM 0.32, did you mean 'hermes'?",
+            id="unknown parser",
+        ),
+        pytest.param(
+            ["+recipe=tiny_disagg", "engine.args.block_sise=32"],
+            "engine.args.block_sise is no engine argument of vLLM 0.32, did you mean 'block_size'?",
+            id="unknown engine option",
+        ),
+        pytest.param(
+            ["+recipe=tiny_disagg", "engine.connector=[nixl,lmcache]"],
+            "needs the Python package 'lmcache', which this environment lacks: pip install lmcache",
+            id="connector without its package",
+        ),
+        pytest.param(
+            ["+recipe=tiny_disagg", "roles.decode.args.block_size=64"],
+            "prefill and decode engines must agree on block_size",
+            id="unequal block sizes",
+        ),
+        pytest.param(
+            ["+recipe=tiny_agg", "roles.aggregated.pipeline_parallel=2"],
+            "pipeline_parallel",
+            id="pipeline parallel on the CPU",
+        ),
+        pytest.param(
             ["+recipe=tiny_disagg", "model.path=/no/such/model"],
             "model.path=/no/such/model is not a folder with a config.json",
             id="model missing",
@@ -87,16 +112,6 @@ def test_an_engine_that_is_never_ready_is_named(tmp_path: Path, tiny_model: Path
     error = refused(tmp_path, "+recipe=tiny_agg", f"model.path=tiny:{tiny_model}", "engine.ready_timeout_s=3")
 
     assert "aggregated-0 was not ready within 3 s (engine.ready_timeout_s)" in error
-
-
-@pytest.mark.slurm
-def test_an_engine_over_several_nodes_is_refused_for_now(
-    tmp_path: Path, tiny_model: Path, cluster: SlurmCluster
-) -> None:
-    """Before it waits in a queue for GPUs that it could not use."""
-    error = refused(tmp_path, "+recipe=llama70b_disagg", "cluster=slurm_gpu4", env=cluster.env)
-
-    assert "prefill-0 takes 2 nodes of 4 GPUs" in error
 
 
 def test_a_server_that_cannot_be_started_is_named(tmp_path: Path, tiny_model: Path) -> None:
