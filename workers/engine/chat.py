@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -54,13 +53,13 @@ class Chat:
             "reasoning_parser_kwargs": {"chat_template_kwargs": self._template_kwargs} if thinks else None,
         }
 
-    def replay(self, text: str, token: int, prompt: Sequence[int]) -> None:
+    def replay(self, text: str, token: int, prompt: list[int]) -> None:
         """Take note of a token that the client has already got the text of."""
         self._echo = ""
         if self._stream and self._parser is not None:
             self._delta(text, [token], prompt, finished=False)
 
-    def read(self, piece: Piece, text: str, ids: list[int], prompt: Sequence[int]) -> None:
+    def read(self, piece: Piece, text: str, ids: list[int], prompt: list[int]) -> None:
         """Set the piece's message, and at its end its finish reason and count of reasoning tokens.
 
         Args:
@@ -107,11 +106,11 @@ class Chat:
             model_config=self._reader.model_config,
         )
 
-    def _delta(self, text: str, ids: list[int], prompt: Sequence[int], *, finished: bool, echo: str = "") -> bytes:
+    def _delta(self, text: str, ids: list[int], prompt: list[int], *, finished: bool, echo: str = "") -> bytes:
         assert self._parser is not None
         self._ids += ids
         message = self._parser.parse_delta(
-            delta_text=text, delta_token_ids=ids, request=self.request, prompt_token_ids=list(prompt), finished=finished
+            delta_text=text, delta_token_ids=ids, request=self.request, prompt_token_ids=prompt, finished=finished
         )
         if message is None:
             return b'{"content":%b}' % _json(echo) if echo else b""
@@ -123,13 +122,13 @@ class Chat:
             message.content = echo + (message.content or "")
         return bytes(message.model_dump_json(exclude_unset=True).encode())
 
-    def _whole(self, piece: Piece, text: str, ids: list[int], prompt: Sequence[int], echo: str) -> None:
+    def _whole(self, piece: Piece, text: str, ids: list[int], prompt: list[int], echo: str) -> None:
         if piece.finish is None:
             return
         assert self._parser is not None
         self._ids = ids
         request = self.request
-        self._parser.set_prompt_token_ids(list(prompt))
+        self._parser.set_prompt_token_ids(prompt)
         auto = self._reader.serving.enable_auto_tool_choice
         reasoning, content, calls = self._parser.parse(
             text, request, enable_auto_tools=auto, model_output_token_ids=ids

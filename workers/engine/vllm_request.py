@@ -91,7 +91,7 @@ class VllmRequest:
             ids, text, matched = self._continued.add(ids, finish)
             if matched is not None:
                 finish, stop = "stop", matched
-            if not self._ask.render.stream and not self._ids:
+            if not self._ask.render.stream and not self._text:
                 text = self._continued.said + text
         if output.prompt_logprobs:  # with the first output only
             self._prompt_tops = output.prompt_logprobs

@@ -120,11 +120,14 @@ class App:
         ask, fields = parse(request.body, ChatRequest)
         self._admit(ask.model, generates=True)
         ask.check(fields)
-        tools = None if ask.tool_choice == "none" and not ask.tools else ask.tools
 
         def tokenize() -> bytes:
             return self._text.chat(
-                ask.messages, ask.template_variables, tools, ask.continue_final_message, bool(ask.add_special_tokens)
+                ask.messages,
+                ask.template_variables,
+                ask.tools,
+                ask.continue_final_message,
+                bool(ask.add_special_tokens),
             )
 
         prompt = await self._tokenize(len(request.body), tokenize)
@@ -166,9 +169,8 @@ class App:
         return work() if size < TOKENIZE_IN_THREAD_CHARS else await asyncio.to_thread(work)
 
     def _admit(self, model: str, generates: bool) -> None:
-        names = [self._served.name, *self._served.adapters()]
-        if model not in names:
-            serves = ", ".join(map(repr, names))
+        if model != self._served.name and model not in (adapters := self._served.adapters()):
+            serves = ", ".join(map(repr, (self._served.name, *adapters)))
             raise ApiError(404, f"the model {model!r} does not exist; this deployment serves {serves}", "model")
         if generates is self._pool.pooling:
             can = "computes embeddings and scores" if self._pool.pooling else "generates text"
