@@ -1,6 +1,7 @@
 # make serve: set up everything and serve the tiny model, disaggregated, on this machine
 # make test:  set up everything and run all checks and tests
-.PHONY: serve test check setup lock clean
+# make nightly: set up everything and run the tests that take minutes each
+.PHONY: serve test nightly check setup lock clean
 
 serve:
 	@scripts/setup engine-cpu
@@ -10,6 +11,10 @@ test:
 	@scripts/setup test
 	@$(MAKE) --no-print-directory check
 	.venv/bin/python -m pytest
+
+nightly:
+	@scripts/setup test
+	.venv/bin/python -m pytest -m nightly
 
 check:
 	.venv/bin/ruff check --output-format concise
