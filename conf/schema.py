@@ -125,7 +125,7 @@ class FrontendConf:
     also while the prefill engines are behind and a decode engine has room."""
     local_prefill_short_tokens: int = 256
     """Prompts of at most this many tokens are short."""
-    local_prefill_behind_tokens: int = 16384
+    local_prefill_behind_tokens: int = 24576
     """Prefill engines are behind when the least loaded of them has this many prompt tokens to compute."""
     local_prefill_room_tokens: int = 8192
     """A decode engine has room while the prompt tokens that it computes itself stay at most this."""

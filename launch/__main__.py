@@ -23,7 +23,7 @@ from launch.progress import Display, endpoint_text
 from launch.recipe import Backend, Executor, Launcher, Wait
 from launch.records import Job, Phase, RunDirectory
 from launch.watch import View
-from slurm import executors
+from slurm import executors, hosts
 from workers.engine.connectors import kv_transfer_config, require_packages
 from workers.engine.ray_cluster import require_ray
 
@@ -67,7 +67,7 @@ def launch(asked: Launch, console: Console) -> None:
     if asked.dry_run:
         print(describe(asked, where, run.path))
         return
-    executors.check(asked.launcher, asked.recipe, where, executors.gpus_here())
+    executors.check(asked.launcher, asked.recipe, where, len(hosts.devices_here()))
     _check_packages(asked)
     _check_model(asked)
     alive = watch.where_alive(run)

@@ -27,7 +27,6 @@ from launch.plan import ETCD_PEER_PORT, ETCD_PORT, NATS_PORT, Member, Plan, plan
 from launch.recipe import Launcher, Recipe
 from launch.records import Control, Job, MemberRecord, RankRecord, RunDirectory, State
 from slurm import children, commands, hosts, ports
-from slurm.commands import VISIBLE_DEVICES
 from slurm.overseer import Overseer
 from slurm.places import Place
 from slurm.supervise import Command, Supervised
@@ -252,7 +251,7 @@ class Agent:
 
     def _engine(self, member: Member) -> Supervised:
         place = Place(self._record.address, self._record.port_base)
-        invocation = commands.engine(self._recipe, member, self._run.path, place, visible_devices())
+        invocation = commands.engine(self._recipe, member, self._run.path, place, self._devices())
         together = None
         if member.nodes > 1:
             others = self._plan.members_of(member.engine)
@@ -260,6 +259,13 @@ class Agent:
             together = Together(self._run, self._job.attempt, others, member, changed)
             self._together[member.name] = together
         return self._child(member.name, invocation, self._recipe.engine.ready_timeout_s, together)
+
+    def _devices(self) -> tuple[str, ...] | None:
+        """The GPUs that this rank was given, as CUDA counts or names them; None when nobody restricted them."""
+        if self._job.launcher is not Launcher.SLURM:
+            return hosts.node_devices(hosts.devices_here(), self._rank, self._plan.slots_per_node) or None
+        given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        return tuple(given.split(",")) if given else None
 
     def _child(
         self, name: str, invocation: commands.Invocation, ready_timeout_s: float, together: Together | None = None
@@ -415,12 +421,6 @@ def process_age_s() -> float:
     """Seconds since this process was started, by the kernel's clock."""
     ticks = children.born(os.getpid()) or 0
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-
-
-def visible_devices() -> tuple[str, ...] | None:
-    """The GPUs that this rank was given, as CUDA counts or names them; None when nobody restricted them."""
-    given = os.environ.get(VISIBLE_DEVICES, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-    return tuple(given.split(",")) if given else None
 
 
 async def _all_stopped(items: Sequence[Supervised]) -> None:

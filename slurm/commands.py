@@ -11,9 +11,6 @@ from launch.plan import Member
 from launch.recipe import Recipe
 from workers.engine.arguments import Place, engine_environment
 
-# submitit's local executor overwrites CUDA_VISIBLE_DEVICES; what it was before travels under this name.
-VISIBLE_DEVICES = "BATON_VISIBLE_DEVICES"
-
 
 @dataclass(frozen=True, slots=True)
 class Invocation:

@@ -21,7 +21,7 @@ from launch.errors import PlanError, SubmitError
 from launch.plan import Plan
 from launch.recipe import Launcher, Recipe
 from slurm import task
-from slurm.commands import VISIBLE_DEVICES
+from slurm.hosts import VISIBLE_DEVICES, devices_here
 
 # Our agents decide who ends, not Slurm: a dead node or task must not take the others along.
 STEP_ARGS = ("--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--mpi=none", "--cpu-bind=none")
@@ -92,24 +92,15 @@ def check(launcher: Launcher, recipe: Recipe, plan: Plan, gpus_here: int) -> Non
                 f"{drain_notice_s(recipe) + 60} s before the end; use at least {shortest}, or a smaller engine.drain_s"
             )
     elif recipe.engine.device == "cuda":
-        if plan.ranks > 1:
-            raise PlanError(
-                f"the deployment needs {plan.ranks} nodes of {plan.slots_per_node} GPUs and this machine is one: "
-                "submit it with launcher=slurm, or choose smaller counts"
-            )
-        needed = 1 + max(max(member.slots) for member in plan.members)
+        # The agents of a machine that plays several nodes share its GPUs out: see `node_devices`.
+        needed = (
+            (plan.ranks - 1) * plan.slots_per_node + 1 + max(max(member.slots) for member in plan.on(plan.ranks - 1))
+        )
         if needed > gpus_here:
             raise PlanError(
-                f"the deployment needs {needed} GPUs and this machine has {gpus_here}: choose smaller counts"
+                f"the deployment needs {needed} GPUs on {plan.ranks} nodes and this machine has {gpus_here}: submit it "
+                "with launcher=slurm, or choose smaller counts"
             )
-
-
-def gpus_here() -> int:
-    """NVIDIA GPUs of this machine that we may use, by CUDA_VISIBLE_DEVICES or else by their device files."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given:
-        return len(given.split(","))
-    return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
 
 
 def submit(launcher: Launcher, recipe: Recipe, plan: Plan, run_dir: Path, folder: Path) -> submitit.Job[None]:
@@ -163,9 +154,9 @@ def _shielded_children(output: Path) -> Iterator[None]:
     before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in (signal.SIGINT, signal.SIGHUP)}
     sys.stdout.flush()
     sys.stderr.flush()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = devices_here()
     if visible:
-        os.environ[VISIBLE_DEVICES] = visible
+        os.environ[VISIBLE_DEVICES] = ",".join(visible)
     kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
     with output.open("ab") as file:
         for descriptor in kept:

@@ -1,15 +1,20 @@
-"""Addresses: which one of this node's the other ranks can reach."""
+"""This node: which of its addresses the other ranks can reach, and which GPUs are ours."""
 
 from __future__ import annotations
 
 import fcntl
 import ipaddress
+import os
 import socket
 import struct
+from collections.abc import Sequence
+from pathlib import Path
 
 from launch.errors import LaunchError
 
 SIOCGIFADDR = 0x8915
+# submitit's local executor overwrites CUDA_VISIBLE_DEVICES; what it was before travels under this name.
+VISIBLE_DEVICES = "BATON_VISIBLE_DEVICES"
 
 
 def address(interface: str | None) -> str:
@@ -76,3 +81,20 @@ def _of_interface(prefix: str) -> str:
         f"{socket.gethostname()} has no interface {prefix}* with an IPv4 address: "
         f"set cluster.interface to one of {', '.join(f'{name} ({ip})' for name, ip in found.items()) or 'none found'}"
     )
+
+
+def devices_here() -> tuple[str, ...]:
+    """NVIDIA GPUs of this machine that we may use: what CUDA_VISIBLE_DEVICES names, or else all, by their device files.
+
+    For the agents of submitit's local executor that is what it was when they were submitted.
+    """
+    given = os.environ.get(VISIBLE_DEVICES) or os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given:
+        return tuple(given.split(","))
+    found = [path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()]
+    return tuple(str(number) for number in range(len(found)))
+
+
+def node_devices(devices: Sequence[str], rank: int, slots_per_node: int) -> tuple[str, ...]:
+    """The GPUs of a rank where one machine plays all nodes: `slots_per_node` consecutive ones, as far as there are."""
+    return tuple(devices[rank * slots_per_node : (rank + 1) * slots_per_node])

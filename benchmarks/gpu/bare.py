@@ -20,7 +20,7 @@ from launch import compose
 from launch.plan import Member, plan
 from launch.recipe import Kind, Recipe
 from slurm import ports
-from slurm.agent import visible_devices
+from slurm.hosts import devices_here
 from slurm.places import Place
 from workers.engine.arguments import engine_arguments, engine_environment
 
@@ -112,7 +112,7 @@ def _start(
 ) -> subprocess.Popen[bytes]:
     written = folder / f"{member.name}.json"
     written.write_text(json.dumps(arguments))
-    own = engine_environment(recipe, member, Place(ADDRESS, base), visible_devices())
+    own = engine_environment(recipe, member, Place(ADDRESS, base), devices_here())
     argv = [sys.executable, "-m", "benchmarks.gpu.bare_engine", str(written), str(base + member.ports.requests)]
     with (folder / f"{member.name}.log").open("w") as log:
         return subprocess.Popen(

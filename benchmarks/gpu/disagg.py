@@ -11,6 +11,7 @@ a tiny model, to try the script itself.
     tokens    answers of prefill + decode engines equal to one engine's: bfloat16, and exactly in float32
     mismatch  the same with a prefill on one GPU and a decode on two
     sleep     GPU memory before, during and after sleep, and equal answers
+    parallel  the same answers from engines over two GPUs: pipeline, tensor, data and expert parallel, on one node and two
     transfer  what NIXL moves a second, by vLLM's own counters
     baton70b  8,192-token prompts, open and closed loop: through Baton
     bare70b   the same load against plain engines
@@ -26,11 +27,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.gpu import shapes, steps_8b, steps_70b
+from benchmarks.gpu import shapes, steps_8b, steps_70b, steps_parallel
 from benchmarks.gpu.bench import CLEANUP_S, GPU, SMOKE, Bench, Scale, time_limit
 from benchmarks.gpu.deployment import StepError, end_leftovers
 
-STEPS = ("tokens", "mismatch", "sleep", "transfer", "baton70b", "bare70b")
+STEPS = ("tokens", "mismatch", "parallel", "sleep", "transfer", "baton70b", "bare70b")
 
 LARGE = {"fp8": shapes.LLAMA_70B_FP8, "half": shapes.LLAMA_70B_HALF, "bf16": shapes.LLAMA_70B}
 
@@ -115,6 +116,11 @@ def stages(bench: Bench, steps: frozenset[str], large_shapes: list[str], tries: 
         found.append(small("disagg float32", "tokens", small_s + asks_s, steps_8b.exact_disaggregated))
     if "mismatch" in steps:
         found.append(small("mismatch", "mismatch", small_s + asks_s, steps_8b.mismatch))
+    if "parallel" in steps and bench.gpu:  # vLLM 0.32 has none of it on the CPU but tensor parallel
+        found.append(small("experts float32", "parallel", small_s + asks_s, steps_parallel.one_gpu))
+        for layout in steps_parallel.LAYOUTS:
+            work_parallel = functools.partial(steps_parallel.compare, layout)
+            found.append(small(layout.name[:22], "parallel", small_s + asks_s, work_parallel))
     if steps & {"tokens", "sleep"}:
         step = "tokens" if "tokens" in steps else "sleep"
         found.append(small("agg bfloat16", step, small_s + asks_s + 20, steps_8b.aggregated))

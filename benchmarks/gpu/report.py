@@ -62,7 +62,9 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
     kept = list(last.values())
     return {
         "machine": machine(kept),
-        "answers": answers([row for row in kept if row["step"] in ("tokens", "mismatch") and "equal" in row]),
+        "answers": answers(
+            [row for row in kept if row["step"] in ("tokens", "mismatch", "parallel") and "equal" in row]
+        ),
         "sleep": sleep([row for row in kept if row["step"] == "sleep" and "before_mib" in row]),
         "transfer": transfer([row for row in rows if row["step"] == "transfer" and "gb_s" in row]),
         "load": load([row for row in kept if row["step"] in ("baton70b", "bare70b") and "tok_s_gpu" in row]),

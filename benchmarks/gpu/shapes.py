@@ -17,7 +17,10 @@ END = "<|end|>"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """The sizes of a Llama model. `fp8` marks the checkpoint as one of FP8 weights with dynamic activation scales."""
+    """The sizes of a Llama model. `fp8` marks the checkpoint as one of FP8 weights with dynamic activation scales.
+
+    With `experts` it is a Mixtral model instead: that many experts in each layer, two of them for each token.
+    """
 
     name: str
     layers: int
@@ -29,6 +32,7 @@ class Shape:
     vocabulary: int = 128256
     positions: int = 131072
     fp8: bool = False
+    experts: int = 0
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
         """Bytes of KV cache of one token: keys and values of all layers and KV heads."""
@@ -37,6 +41,9 @@ class Shape:
 
 LLAMA_8B = Shape(name="llama-8b", layers=32, hidden=4096, inner=14336, heads=32, kv_heads=8, head_dim=128)
 LLAMA_8B_SHALLOW = replace(LLAMA_8B, name="llama-8b-4layers", layers=4)
+MIXTRAL_SHALLOW = Shape(
+    name="mixtral-4layers", layers=4, hidden=2048, inner=2048, heads=16, kv_heads=8, head_dim=128, experts=16
+)
 LLAMA_70B = Shape(name="llama-70b", layers=80, hidden=8192, inner=28672, heads=64, kv_heads=8, head_dim=128)
 LLAMA_70B_FP8 = replace(LLAMA_70B, name="llama-70b-fp8", fp8=True)
 LLAMA_70B_HALF = replace(LLAMA_70B, name="llama-70b-40layers", layers=40)
@@ -58,7 +65,7 @@ def make(shape: Shape, folder: Path) -> Path:
 
 
 def config(shape: Shape) -> dict[str, Any]:
-    """config.json: the keys of Llama 3.1's own."""
+    """config.json: the keys of Llama 3.1's own, or of Mixtral's."""
     found: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -83,6 +90,14 @@ def config(shape: Shape) -> dict[str, Any]:
         "head_dim": shape.head_dim,
         "max_position_embeddings": shape.positions,
     }
+    if shape.experts:
+        found |= {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "num_local_experts": shape.experts,
+            "num_experts_per_tok": 2,
+            "sliding_window": None,
+        }
     if shape.fp8:
         # vLLM 0.32 takes this for a checkpoint of FP8 weights, which its dummy loader fills as they are. Quantizing
         # while loading (quantization=fp8_per_tensor) would hold the bfloat16 weights first.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,16 +32,16 @@ BAR_GB_S = 150
 def aggregated(bench: Bench, steps: frozenset[str]) -> None:
     """One bfloat16 engine: the reference answers, how far they are from themselves in a batch, and sleep."""
     if "sleep" not in steps:
-        with _deployed(bench, "agg", bench.scale.answers, AGGREGATED, 1) as running:
-            _reference(bench, running, _dtype(bench))
+        with small_deployment(bench, "agg", bench.scale.answers, AGGREGATED, 1) as running:
+            reference(bench, running, _dtype(bench))
         return
     awake: dict[str, Any] = (
         {"enable_sleep_mode": True} if bench.gpu else {}
     )  # vLLM refuses it on the CPU, and sleeps all the same
     try:
-        with _deployed(bench, "agg", bench.scale.answers, AGGREGATED, 1, **awake) as running:
+        with small_deployment(bench, "agg", bench.scale.answers, AGGREGATED, 1, **awake) as running:
             if "tokens" in steps:
-                _reference(bench, running, _dtype(bench))
+                reference(bench, running, _dtype(bench))
             _sleep(bench, running)
     except TimeUpError:
         raise
@@ -50,7 +51,7 @@ def aggregated(bench: Bench, steps: frozenset[str]) -> None:
             aggregated(bench, steps - {"sleep"})
 
 
-def _reference(bench: Bench, running: Deployment, dtype: str) -> None:
+def reference(bench: Bench, running: Deployment, dtype: str) -> None:
     """Keep the answers of one engine, asked one at a time, and say what they are worth."""
     texts = token_prompts(bench)
     alone = bench.references[dtype] = [_answer(bench, running, prompt) for prompt in texts]
@@ -110,9 +111,9 @@ def _ctl(bench: Bench, running: Deployment, *words: str) -> float:
 
 def disaggregated(bench: Bench, steps: frozenset[str]) -> None:
     """One prefill and one decode engine in bfloat16, at the block size of our GPU recipes."""
-    with _deployed(bench, "disagg", bench.scale.answers, DISAGGREGATED, 2) as running:
+    with small_deployment(bench, "disagg", bench.scale.answers, DISAGGREGATED, 2) as running:
         if "tokens" in steps:
-            _same(bench, running, "tokens", _dtype(bench))
+            same_answers(bench, running, "tokens", _dtype(bench))
         if "transfer" in steps:
             _transfer(bench, running, f"disagg block {bench.scale.block}")
 
@@ -120,20 +121,22 @@ def disaggregated(bench: Bench, steps: frozenset[str]) -> None:
 def small_blocks(bench: Bench, steps: frozenset[str]) -> None:
     """The transfer at vLLM's own block size, for comparison."""
     block = bench.scale.small_block
-    with _deployed(bench, "disagg-small", bench.scale.answers, DISAGGREGATED, 2, block_size=block) as running:
+    with small_deployment(bench, "disagg-small", bench.scale.answers, DISAGGREGATED, 2, block_size=block) as running:
         _transfer(bench, running, f"disagg block {block}")
 
 
 def exact_aggregated(bench: Bench, steps: frozenset[str]) -> None:
     """The reference in float32, where nothing but an error makes answers differ; few layers, so that it is cheap."""
-    with _deployed(bench, "agg-f32", bench.scale.exact, AGGREGATED, 1, **_exact(bench)) as running:
-        _reference(bench, running, "float32")
+    with small_deployment(bench, "agg-f32", bench.scale.exact, AGGREGATED, 1, **exact_arguments(bench)) as running:
+        reference(bench, running, "float32")
 
 
 def exact_disaggregated(bench: Bench, steps: frozenset[str]) -> None:
     """Prefill and decode against the float32 reference."""
-    with _deployed(bench, "disagg-f32", bench.scale.exact, DISAGGREGATED, 2, **_exact(bench)) as running:
-        _same(bench, running, "tokens", "float32")
+    with small_deployment(
+        bench, "disagg-f32", bench.scale.exact, DISAGGREGATED, 2, **exact_arguments(bench)
+    ) as running:
+        same_answers(bench, running, "tokens", "float32")
 
 
 def mismatch(bench: Bench, steps: frozenset[str]) -> None:
@@ -142,13 +145,14 @@ def mismatch(bench: Bench, steps: frozenset[str]) -> None:
     if bench.gpu:
         env["CUDA_VISIBLE_DEVICES"] = "0,0,1" if bench.gpus == 2 else "0,1,2"
     roles = {"prefill": (1, 1), "decode": (1, 2)}
-    with _deployed(bench, "mismatch", bench.scale.exact, roles, 3, env=env, **_exact(bench)) as running:
-        _same(bench, running, "mismatch", "float32", "prefill TP1, decode TP2 float32")
+    with small_deployment(bench, "mismatch", bench.scale.exact, roles, 3, env=env, **exact_arguments(bench)) as running:
+        same_answers(bench, running, "mismatch", "float32", "prefill TP1, decode TP2 float32")
 
 
-def _same(bench: Bench, running: Deployment, step: str, dtype: str, name: str = "") -> None:
+def same_answers(bench: Bench, running: Deployment, step: str, dtype: str, name: str = "", moves: bool = True) -> None:
+    """Compare with the reference of that dtype; with `moves`, say how much KV cache the answers moved."""
     answers = [_answer(bench, running, prompt) for prompt in token_prompts(bench)]
-    moved = metric(running.page("decode-0"), "vllm:nixl_bytes_transferred_sum")
+    moved = metric(running.page("decode-0"), "vllm:nixl_bytes_transferred_sum") if moves else 0.0
     _compare(
         bench,
         step,
@@ -333,7 +337,7 @@ def _dtype(bench: Bench) -> str:
     return "bfloat16" if bench.gpu else "float32"
 
 
-def _exact(bench: Bench) -> dict[str, Any]:
+def exact_arguments(bench: Bench) -> dict[str, Any]:
     """Engine arguments of the float32 shape; small enough that three engines fit two GPUs."""
     if not bench.gpu:
         return {}
@@ -353,16 +357,18 @@ def _overrides(
     return bench.overrides(shape, roles, slots, **(common | args))
 
 
-def _deployed(
+def small_deployment(
     bench: Bench,
     name: str,
     shape: Shape,
     roles: dict[str, tuple[int, int]],
     slots: int,
     env: dict[str, str] | None = None,
+    launch: Sequence[str] = (),
     **args: Any,
-) -> Any:
-    overrides = _overrides(bench, shape, roles, slots, **args)
+) -> contextlib.AbstractContextManager[Deployment]:
+    """A deployment of small engines: `roles` as in `Bench.overrides`, `launch` more overrides, `args` vLLM's arguments."""
+    overrides = [*_overrides(bench, shape, roles, slots, **args), *launch]
     return deployed(bench.work, name, overrides, bench.env(**(env or {})), bench.scale.ready_s)
 
 

@@ -56,7 +56,7 @@ def register() -> None:
 
 
 def tensors(config: Any, dtype: Any, device: Any) -> Iterator[tuple[str, Any]]:
-    """A Llama checkpoint: names as on Hugging Face, whole tensors of `dtype`, made on `device`.
+    """A Llama or Mixtral checkpoint: names as on Hugging Face, whole tensors of `dtype`, made on `device`.
 
     The same name gives the same values on every device of one type.
     """
@@ -76,7 +76,7 @@ def tensors(config: Any, dtype: Any, device: Any) -> Iterator[tuple[str, Any]]:
 
 
 def names(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape `(out, in)` of every tensor of a Llama checkpoint."""
+    """Name and shape `(out, in)` of every tensor of a Llama checkpoint, or of a Mixtral one."""
     hidden, inner = config.hidden_size, config.intermediate_size
     heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     yield "model.embed_tokens.weight", (config.vocab_size, hidden)
@@ -88,8 +88,16 @@ def names(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{prefix}.self_attn.v_proj.weight", (kv_heads, hidden)
         yield f"{prefix}.self_attn.o_proj.weight", (hidden, heads)
         yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
-        yield f"{prefix}.mlp.gate_proj.weight", (inner, hidden)
-        yield f"{prefix}.mlp.up_proj.weight", (inner, hidden)
-        yield f"{prefix}.mlp.down_proj.weight", (hidden, inner)
+        experts = getattr(config, "num_local_experts", 0)
+        if experts:
+            yield f"{prefix}.block_sparse_moe.gate.weight", (experts, hidden)
+        for expert in range(experts):
+            yield f"{prefix}.block_sparse_moe.experts.{expert}.w1.weight", (inner, hidden)
+            yield f"{prefix}.block_sparse_moe.experts.{expert}.w3.weight", (inner, hidden)
+            yield f"{prefix}.block_sparse_moe.experts.{expert}.w2.weight", (hidden, inner)
+        if not experts:
+            yield f"{prefix}.mlp.gate_proj.weight", (inner, hidden)
+            yield f"{prefix}.mlp.up_proj.weight", (inner, hidden)
+            yield f"{prefix}.mlp.down_proj.weight", (hidden, inner)
     yield "model.norm.weight", (hidden,)
     yield "lm_head.weight", (config.vocab_size, hidden)

@@ -36,7 +36,7 @@ class LocalPrefill:
 
     mode: LocalPrefillMode = LocalPrefillMode.NEVER
     short_tokens: int = 256
-    behind_tokens: int = 16384
+    behind_tokens: int = 24576
     room_tokens: int = 8192
 
     def reason(self, tokens: int, prefills: Sequence[int], decodes: Sequence[int]) -> Reason | None:
