@@ -87,6 +87,14 @@ class Text:
         """Packed token ids of a text; `special` adds what the tokenizer puts around a text (a begin token, mostly)."""
         return pack(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special tokens and all."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+
+    def token_texts(self, ids: list[int]) -> list[str | None]:
+        """Each token as the tokenizer writes it."""
+        return [self._tokenizer.id_to_token(token) for token in ids]
+
     @property
     def vocabulary(self) -> int:
         """Number of token ids."""
