@@ -29,6 +29,7 @@ SAME = (
     *("stop", "stop_token_ids", "ignore_eos", "logit_bias", "skip_special_tokens", "include_stop_str_in_output"),
     *("structured_outputs", "cache_salt", "vllm_xargs", "chat_template_kwargs", "include_reasoning", "priority"),
     *("parallel_tool_calls", "stream", "watermarking", "kv_transfer_params", "ec_transfer_params", "min_tokens"),
+    "add_special_tokens",
 )
 
 
@@ -241,7 +242,8 @@ def _message(item: Any, where: str) -> dict[str, Any]:
         raise ApiError(400, f"{where} is no object", "input")
     kind = item.get("type", "message")
     if kind == "function_call":
-        function = {"name": _text(item, "name", where), "arguments": _text(item, "arguments", where)}
+        arguments = object_of(_text(item, "arguments", where))
+        function = {"name": _text(item, "name", where), "arguments": arguments}
         call = {"id": _text(item, "call_id", where), "type": "function", "function": function}
         return {"role": "assistant", "tool_calls": [call]}
     if kind == "function_call_output":
@@ -270,6 +272,14 @@ def _join(before: dict[str, Any], message: dict[str, Any]) -> bool:
         return False
     before[name] = message[name]
     return True
+
+
+def object_of(text: str) -> dict[str, Any]:
+    """The object that is written in a text; an empty one where that is something else, as in vLLM's server."""
+    try:
+        return msgspec.json.decode(text or "{}", type=dict[str, Any])
+    except msgspec.DecodeError:
+        return {}
 
 
 def _text(item: dict[str, Any], name: str, where: str) -> str:
