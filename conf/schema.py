@@ -120,6 +120,21 @@ class FrontendConf:
     """Seconds of silence after which a worker leaves the routing until it is heard again."""
     max_body_bytes: int = 67108864
     """Largest request body; more is answered with 413."""
+    tls_cert: str | None = None
+    """PEM file of a certificate (with its chain) on rank 0's node; with tls_key clients speak HTTPS."""
+    tls_key: str | None = None
+    """PEM file of the certificate's key."""
+    unix_socket: str | None = None
+    """Path of a Unix socket that the first frontend also listens at, which only the launching user can open."""
+    stored_responses: int = 1000
+    """Responses of /v1/responses that are kept in the run directory for later requests to go on from; 0 keeps none."""
+    files_max_bytes: int = 1073741824
+    """What files uploaded for batches may take in the run directory, all together."""
+    batch_concurrency: int = 8
+    """Requests of a batch that are answered at a time; they wait while engines have others queued."""
+    otlp_endpoint: str | None = None
+    """URL that OpenTelemetry spans of requests are posted to (http://collector:4318/v1/traces); null makes none. It needs
+    opentelemetry-sdk and opentelemetry-exporter-otlp-proto-http."""
     local_prefill: str = "never"
     """When a decode engine computes a prompt itself (conditional disaggregation): never; short, for short prompts; load,
     also while the prefill engines are behind and a decode engine has room."""

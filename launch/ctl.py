@@ -20,6 +20,7 @@ from rich.table import Table
 from launch import watch
 from launch.errors import DeploymentError, LaunchError
 from launch.records import RunDirectory, find
+from launch.trust import trusting
 
 # Longer than any operation takes: the frontend answers before, also when a worker does not.
 PATIENCE_S = 86400.0
@@ -104,7 +105,8 @@ def _post(run: RunDirectory, operation: str, body: dict[str, Any]) -> tuple[int,
     if endpoint is None or watch.where_alive(run) is None:
         raise DeploymentError(f"{run.name} is not running: launch it first")
     # A cluster's HTTP proxy leads out of it; the frontend is inside.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    secure = trusting(run.recipe().frontend.tls_cert)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=secure))
     try:
         key = run.admin_key()
     except OSError as error:

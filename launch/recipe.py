@@ -202,8 +202,33 @@ class Frontend:
     local_prefill_short_tokens: int
     local_prefill_behind_tokens: int
     local_prefill_room_tokens: int
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    unix_socket: str | None = None
+    stored_responses: int = 1000
+    files_max_bytes: int = 1 << 30
+    batch_concurrency: int = 8
+    otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:
+        if (self.tls_cert is None) is not (self.tls_key is None):
+            raise ConfigError(
+                f"frontend.tls_cert and frontend.tls_key go together, got {self.tls_cert} and {self.tls_key}: set both"
+            )
+        if self.unix_socket is not None and not (self.unix_socket.startswith("/") and len(self.unix_socket) < 100):
+            raise ConfigError(
+                f"frontend.unix_socket is an absolute path of less than 100 characters, got {self.unix_socket!r}"
+            )
+        if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"frontend.otlp_endpoint is an http:// or https:// URL, got {self.otlp_endpoint!r}: "
+                "a collector of OTLP over HTTP listens at http://<host>:4318/v1/traces, mostly"
+            )
+        if self.stored_responses < 0 or self.files_max_bytes < 0 or self.batch_concurrency < 1:
+            raise ConfigError(
+                "frontend.stored_responses and frontend.files_max_bytes are at least 0 and frontend.batch_concurrency at "
+                f"least 1, got {self.stored_responses}, {self.files_max_bytes} and {self.batch_concurrency}"
+            )
         if not 1 <= self.processes <= 8:
             raise ConfigError(f"frontend.processes is 1 to 8, got {self.processes}")
         if self.port is not None and not 1 <= self.port <= 65535:
@@ -298,6 +323,11 @@ class Recipe:
 
     def _value(self, role: Role, name: str) -> Any:
         return role.args.get(name, self.engine.args.get(name))
+
+    @property
+    def scheme(self) -> str:
+        """What frontends speak: http or https."""
+        return "http" if self.frontend.tls_cert is None else "https"
 
     @property
     def disaggregated(self) -> bool:

@@ -16,6 +16,7 @@ from launch.errors import DeploymentError
 from launch.plan import FRONTEND_PORT, Plan
 from launch.recipe import Launcher, Recipe
 from launch.records import SILENT_AFTER_S, Endpoint, Job, Phase, RankRecord, RunDirectory, State
+from launch.trust import trusting
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Overseer:
         """The endpoint, from its first word to `stopped`."""
         rank0 = self._run.ranks(self._job.attempt)[0]
         first = self._recipe.frontend.port or rank0.port_base + FRONTEND_PORT
-        urls = [f"http://{rank0.address}:{first + i}/v1" for i in range(len(self._plan.frontends))]
+        urls = [f"{self._recipe.scheme}://{rank0.address}:{first + i}/v1" for i in range(len(self._plan.frontends))]
         self._endpoint = Endpoint(
             url=urls[0],
             urls=urls,
@@ -116,10 +117,11 @@ class Overseer:
     async def _routed(self) -> bool:
         """Whether the first frontend says that it can answer and misses nobody."""
         assert self._endpoint
-        host, _, port = self._endpoint.url.removeprefix("http://").removesuffix("/v1").partition(":")
+        host, _, port = self._endpoint.url.partition("://")[2].removesuffix("/v1").partition(":")
+        secure = trusting(self._recipe.frontend.tls_cert)
         try:
             async with asyncio.timeout(2):
-                reader, writer = await asyncio.open_connection(host, int(port))
+                reader, writer = await asyncio.open_connection(host, int(port), ssl=secure)
                 writer.write(f"GET /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
                 said = await reader.read()
                 writer.close()
@@ -153,7 +155,8 @@ class Overseer:
                 found.append({"targets": [page], "labels": {"deployment": self._recipe.name, **labels}})
         assert self._endpoint
         for name, url in zip(self._plan.frontends, self._endpoint.urls, strict=True):
-            page = url.removeprefix("http://").removesuffix("/v1")
+            page = url.partition("://")[2].removesuffix("/v1")
             labels = {"deployment": self._recipe.name, "role": "frontend", "member": name}
+            labels |= {"__scheme__": "https"} if self._recipe.scheme == "https" else {}
             found.append({"targets": [page], "labels": labels})
         return found

@@ -37,6 +37,9 @@ class Piece:
     """JSON members for the top of the answer, each led by a comma: on the first piece of a stream, else on the last."""
     reasoning_tokens: int = -1
     """On the last piece: how many of the tokens were reasoning; -1 where nothing tells."""
+    before: Sequence[Piece] = ()
+    """On the first piece of an answer that another worker began: what that one has sent, token by token, for writers that
+    remember."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +58,7 @@ class Ask:
     adapter: str = ""
     dp_rank: int = -1
     choice: int = 0
+    trace: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

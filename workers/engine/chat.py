@@ -53,11 +53,12 @@ class Chat:
             "reasoning_parser_kwargs": {"chat_template_kwargs": self._template_kwargs} if thinks else None,
         }
 
-    def replay(self, text: str, token: int, prompt: list[int]) -> None:
-        """Take note of a token that the client has already got the text of."""
+    def replay(self, text: str, token: int, prompt: list[int]) -> bytes | None:
+        """Take note of a token that the client has already got the text of; returns what was said with it (Piece.message)."""
         self._echo = ""
         if self._stream and self._parser is not None:
-            self._delta(text, [token], prompt, finished=False)
+            return self._delta(text, [token], prompt, finished=False)
+        return None
 
     def read(self, piece: Piece, text: str, ids: list[int], prompt: list[int]) -> None:
         """Set the piece's message, and at its end its finish reason and count of reasoning tokens.

@@ -54,11 +54,17 @@ class EchoEngine:
                 token = ask.prompt[produced % len(ask.prompt)]
                 self.load.progress += 1
                 self.stats[0].record(None, None)
-                text = self._tokenizer.decode([token], skip_special_tokens=False)
-                yield Piece(ids=(token,), text=text, finish="length" if produced == count - 1 else None)
+                piece = Piece(ids=(token,), text=self._said(token), finish="length" if produced == count - 1 else None)
+                if produced == len(ask.produced):
+                    piece.before = [Piece(ids=(before,), text=self._said(before)) for before in ask.produced]
+                yield piece
         finally:
             self.load.running -= 1
             self.adapter_uses[ask.adapter] -= 1
+
+    def _said(self, token: int) -> str:
+        text: str = self._tokenizer.decode([token], skip_special_tokens=False)
+        return text
 
     async def call(self, request_id: str, route: str, body: bytes) -> Response:
         """The body, said again."""

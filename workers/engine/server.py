@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Gauge
 from workers.engine import transfer
 from workers.engine.base import Ask, Engine, LostError, RefusedError, UnbegunError
 from workers.engine.metrics import Outcomes
-from workers.engine.render import Choice
+from workers.engine.shapes import writer
 from workers.runtime import wire
 from workers.runtime.sockets import LoopSocket
 
@@ -198,7 +198,7 @@ class RequestServer:
         """Pass on what the engine produces, rendered."""
         identity, stream = key
         produced, prompt_tokens = len(ask.produced), len(ask.prompt)
-        choice = Choice(request.render, prompt_tokens, produced)
+        choice = writer(request.render, prompt_tokens, produced, request.cached_tokens)
         async for piece in self._engine.generate(ask):
             ids = wire.pack(piece.ids)
             produced += len(piece.ids)
@@ -275,4 +275,5 @@ def _ask(request: wire.Generate, prefill_only: bool = False, transfer: bytes | N
         adapter=request.adapter,
         dp_rank=request.dp_rank,
         choice=request.choice,
+        trace=request.trace,
     )

@@ -91,6 +91,7 @@ class VllmEngine:
                     lora_request=adapter,
                     priority=ask.priority,
                     data_parallel_rank=self._local_rank(ask.dp_rank),
+                    trace_headers=ask.trace,
                     **({} if ask.prefill_only else request.for_engine()),
                 )
                 async with contextlib.aclosing(stream):

@@ -45,7 +45,7 @@ class VllmRequest:
         self._chat: Chat | None = None
         with refusing():
             self.request: Any = self._validated(_options(ask.options))
-            if ask.render.shape is Shape.CHAT:
+            if ask.render.shape is not Shape.COMPLETION:
                 self._chat = Chat(reader, self.request, ask.render.stream, ask.render.echo or "")
                 self.request = self._chat.request
             self.sampling = self._sampling()
@@ -96,6 +96,8 @@ class VllmRequest:
         if output.prompt_logprobs:  # with the first output only
             self._prompt_tops = output.prompt_logprobs
         piece = Piece(ids, text, finish, stop, output.num_cached_tokens or 0, output.kv_transfer_params)
+        if self._continued:
+            piece.before, self._continued.before = self._continued.before, []
         first, self._begun = not self._begun, True
         if first:
             self._say_again(piece)
@@ -109,7 +111,7 @@ class VllmRequest:
 
     def _validated(self, options: dict[str, Any]) -> Any:
         own = {"stream": self._ask.render.stream}
-        if self._ask.render.shape is Shape.CHAT:
+        if self._ask.render.shape is not Shape.COMPLETION:
             return ChatCompletionRequest(**{"messages": PLACEHOLDER, **options, **own})
         limit = self._ask.max_tokens
         return CompletionRequest(**{**options, **own, "prompt": [0], "max_tokens": None if limit < 0 else limit})
@@ -238,12 +240,14 @@ class Continuation:
         )
         self._detokenizer = IncrementalDetokenizer.from_new_request(tokenizer, request)
         self.said = ""
+        self.before: list[Piece] = []
         for token in ask.produced:
             self._detokenizer.update([token], False)
             text = self._detokenizer.get_next_output_text(False, True)
             self.said += text
-            if chat:
-                chat.replay(text, token, ask.prompt)
+            message = chat.replay(text, token, ask.prompt) if chat else None
+            if ask.render.shape.whole and ask.render.stream:
+                self.before.append(Piece([token], text, message=message))
 
     def add(self, ids: list[int], finish: str | None) -> tuple[list[int], str, str | None]:
         """The ids that count, their text, and the stop string that ends the answer, if one does."""

@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import signal
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import uvloop
 
+from launch.errors import ConfigError
 from launch.plan import FRONTEND_PORT, plan
 from launch.recipe import Kind, Recipe
 from launch.records import Control, RunDirectory
 from slurm.children import report
 from slurm.places import Place, places
 from workers.engine.options import serving_options
+from workers.frontend import tls
 from workers.frontend.admin import Admin
-from workers.frontend.app import App, Served
+from workers.frontend.app import App
+from workers.frontend.batches import Batches
 from workers.frontend.errors import error_body
 from workers.frontend.exchange import Pool
-from workers.frontend.http import Server
+from workers.frontend.files import Drawer, Files
+from workers.frontend.http import Request, Server
 from workers.frontend.links import Links
 from workers.frontend.local import LocalPrefill
 from workers.frontend.metrics import Metrics
+from workers.frontend.reply import Kept
 from workers.frontend.router import mode
+from workers.frontend.service import Served
+from workers.frontend.stored import Store
 from workers.frontend.text import Text
+from workers.frontend.trace import Tracer
 from workers.runtime.commands import Commander
 from workers.runtime.etcd import Etcd
 from workers.runtime.events import LoadEvent, follow_load
@@ -48,7 +59,11 @@ def main() -> int:
     place = places(run.ranks(job.attempt))[0]
     index = plan(recipe).frontends.index(name)
     keys = (run.api_key(), run.admin_key())
-    uvloop.run(serve(recipe, control, place, port_of(recipe, place, index), keys, name))
+    try:
+        uvloop.run(serve(recipe, control, place, port_of(recipe, place, index), keys, name, run.path))
+    except ConfigError as error:
+        log.error("%s: %s", name, error)
+        return 1
     return 0
 
 
@@ -59,9 +74,18 @@ def port_of(recipe: Recipe, place: Place, index: int) -> int:
     return int(place.port(FRONTEND_PORT + index))
 
 
-async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys: tuple[str, str], name: str) -> None:
-    """Serve until SIGTERM; `keys` are the API's and the operators'."""
+async def serve(
+    recipe: Recipe, control: Control, place: Place, port: int, keys: tuple[str, str], name: str, folder: Path
+) -> None:
+    """Serve until SIGTERM; `keys` are the API's and the operators', `folder` is the run directory.
+
+    Raises:
+        ConfigError: What the recipe asks for is not there, on this node.
+    """
     api_key, admin_key = keys
+    first = plan(recipe).frontends[0] == name
+    secure = tls.context(recipe.frontend.tls_cert, recipe.frontend.tls_key)
+    tracer = tracer_of(recipe, name)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -84,10 +108,19 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys:
         max_model_len=lambda: context_of(links),
         adapters=lambda: pool.adapters,
         created=int(time.time()),
+        version=lambda: next((link.card.version for link in links), ""),
     )
     serving = serving_options(recipe, recipe.roles[-1])
     text = Text(Path(recipe.model.path), serving.chat_template, serving.default_chat_template_kwargs)
-    app = App(served, text, pool, metrics, api_key)
+    drawer = Drawer(folder / "files", recipe.frontend.files_max_bytes)
+    batches = Batches(
+        folder / "batches",
+        drawer,
+        recipe.frontend.batch_concurrency,
+        room=lambda: all(link.waiting == 0 for link in links if link.usable),
+    )
+    store = Store(folder / "responses", recipe.frontend.stored_responses)
+    app = App(served, text, pool, metrics, api_key, store, Files(drawer), batches, tracer)
     commander = Commander(control, recipe.name, name)
     app.admin = Admin(
         plan(recipe),
@@ -98,9 +131,12 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys:
         recipe.engine.drain_s,
     )
     server = Server(app, error_body, recipe.frontend.max_body_bytes)
-    listener = await loop.create_server(server.protocol, place.address, port, backlog=4096, reuse_address=True)
+    listener = await loop.create_server(
+        server.protocol, place.address, port, backlog=4096, reuse_address=True, ssl=secure
+    )
+    local = await listen_locally(server, recipe.frontend.unix_socket) if first else None
     report("loading")
-    log.info("%s listens at http://%s:%d", name, place.address, port)
+    log.info("%s listens at %s://%s:%d", name, recipe.scheme, place.address, port)
     etcd = Etcd(control.etcd_url, control.etcd_user, control.etcd_password)
     async with etcd, asyncio.TaskGroup() as group:
         tasks = [
@@ -109,13 +145,61 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys:
             group.create_task(links.keep(), name="links"),
             group.create_task(commander.keep(), name="commands"),
         ]
+        if first:
+            tasks.append(group.create_task(batches.work(asks(app, api_key)), name="batches"))
         report("ready")
         await stop.wait()
         report("draining")
+        if local is not None:
+            local.close()
         await drain(app, listener, server, links, recipe.engine.drain_s)
         for task in tasks:
             task.cancel()
     links.close()
+    tracer.close()
+
+
+async def listen_locally(server: Server, path: str | None) -> asyncio.Server | None:
+    """Listen at a Unix socket too, which only the owner may open; None where the recipe names none."""
+    if path is None:
+        return None
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)  # of a process that was killed
+    mask = os.umask(0o177)
+    try:
+        return await asyncio.get_running_loop().create_unix_server(server.protocol, path, backlog=4096)
+    except OSError as error:
+        raise ConfigError(f"frontend.unix_socket: nothing can listen at {path}: {error}") from error
+    finally:
+        os.umask(mask)
+
+
+def asks(app: App, api_key: str) -> Callable[[Request, Kept], Awaitable[None]]:
+    """How the work on batches has a request answered: as a client would."""
+
+    async def ask(request: Request, reply: Kept) -> None:
+        request.headers["authorization"] = f"Bearer {api_key}"
+        await app(request, reply)
+
+    return ask
+
+
+def tracer_of(recipe: Recipe, name: str) -> Tracer:
+    """What makes spans of requests.
+
+    Raises:
+        ConfigError: The recipe asks for it and a package is missing.
+    """
+    if recipe.frontend.otlp_endpoint is None:
+        return Tracer()
+    try:
+        from workers.frontend.otlp import OtlpTracer
+    except ImportError as error:
+        raise ConfigError(
+            f"frontend.otlp_endpoint needs OpenTelemetry ({error}): "
+            "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
+        ) from error
+    return OtlpTracer(recipe.frontend.otlp_endpoint, recipe.name, name)
 
 
 async def drain(app: App, listener: asyncio.Server, server: Server, links: Links, timeout_s: float) -> None:

@@ -23,7 +23,8 @@ from launch.errors import closest
 from launch.plan import Member, Plan
 from launch.recipe import Kind
 from workers.frontend.errors import ApiError, error_body
-from workers.frontend.http import Connection, Request
+from workers.frontend.http import Request
+from workers.frontend.reply import Reply as Answer
 from workers.runtime import commands
 from workers.runtime.commands import Command, Operation, OperationError, Reply
 
@@ -78,7 +79,7 @@ class Admin:
         """Whether a path is one of these routes."""
         return path.startswith(PREFIX) or path in VLLM_NAMES
 
-    async def __call__(self, request: Request, connection: Connection) -> None:
+    async def __call__(self, request: Request, connection: Answer) -> None:
         """Answer one request.
 
         Raises:
@@ -185,7 +186,7 @@ class Admin:
         log.warning("adapter %s was not loaded everywhere; unloading it where it was", given.get("name"))
         return await self._ask(Operation.UNLOAD_LORA, {"name": given["name"]}, loaded)
 
-    def _respond(self, connection: Connection, report: dict[str, Any], replies: Sequence[Reply]) -> None:
+    def _respond(self, connection: Answer, report: dict[str, Any], replies: Sequence[Reply]) -> None:
         failed = [reply for reply in replies if reply.status != 200]
         if not failed:
             connection.respond(200, msgspec.json.encode(report))

@@ -1,425 +1,243 @@
-"""The routes: authenticate, validate, tokenize, have the questions answered, and write the answer.
-
-Per stream the worker's bytes go straight to the connection. What only the frontend can know is written here: the
-envelope of a unary answer, the usage of all choices together, `[DONE]`, and errors.
-"""
+"""The routes: find the one that is meant, check the key, have it answered, and tell errors in the shape of its API."""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import secrets
-import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
-import msgspec
-
-from launch.recipe import Kind
-from workers.engine.render import chunk
+from workers.frontend import chats, tokens
+from workers.frontend.about import About
 from workers.frontend.admin import Admin
+from workers.frontend.auth import Keys
+from workers.frontend.batches import Batches, BatchRequest
+from workers.frontend.bodies import unpacked
 from workers.frontend.errors import ApiError
-from workers.frontend.exchange import Answered, Pool, Question, answer, call
-from workers.frontend.http import Connection, Request
+from workers.frontend.exchange import Pool
+from workers.frontend.files import UPLOAD, Files
+from workers.frontend.http import Request
+from workers.frontend.messages import CountRequest, MessageRequest, Messages
 from workers.frontend.metrics import Metrics
-from workers.frontend.openai import ChatRequest, Common, CompletionRequest, options, parse
+from workers.frontend.openai import ChatRequest, CompletionRequest
+from workers.frontend.openapi import document
+from workers.frontend.reply import REQUEST_ID_HEADER, Reply, told
+from workers.frontend.responses import ResponseRequest, Responses, TokensRequest
+from workers.frontend.routes import Access, Route, Routes
+from workers.frontend.service import Served, Service
+from workers.frontend.stored import Store
 from workers.frontend.text import Text
-from workers.runtime.wire import Render, Shape, pack
+from workers.frontend.trace import Tracer
 
-DONE = b"data: [DONE]\n\n"
-TOKENIZE_IN_THREAD_CHARS = 4096
-REQUEST_ID_HEADER = "x-request-id"
-DP_RANK_HEADER = "x-data-parallel-rank"
-# vLLM's routes for pooling models, and the same under /v1 where vLLM has them elsewhere.
-POOLING_ROUTES = {
-    "/v1/embeddings": "embeddings",
-    **dict.fromkeys(("/classify", "/v1/classify"), "classify"),
-    **dict.fromkeys(("/pooling", "/v1/pooling"), "pooling"),
-    **dict.fromkeys(("/score", "/v1/score"), "score"),
-    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), "rerank"),
-}
-OPEN_ROUTES = ("/health", "/live", "/metrics")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
-    """The model of the deployment."""
-
-    name: str
-    max_model_len: Callable[[], int]
-    """Context length, as the workers say; 0 while none is there."""
-    adapters: Callable[[], list[str]]
-    """LoRA adapters that are loaded somewhere, each served as a model of its own."""
-    created: int
+ANTHROPIC = "/v1/messages"
 
 
 class App:
     """The handler of all requests."""
 
-    def __init__(self, served: Served, text: Text, pool: Pool, metrics: Metrics, api_key: str) -> None:
-        self._served = served
-        self._text = text
-        self._pool = pool
-        self._metrics = metrics
-        self._authorization = f"Bearer {api_key}".encode()
-        self.draining = False
-        self.admin: Admin | None = None
-        self._routes: dict[tuple[str, str], Callable[[Request, Connection], Awaitable[None]]] = {
-            ("POST", "/v1/chat/completions"): self._chat,
-            ("POST", "/v1/completions"): self._completion,
-            ("GET", "/v1/models"): self._models,
-            ("GET", "/health"): self._health,
-            ("GET", "/live"): self._live,
-            ("HEAD", "/live"): self._live,
-            ("HEAD", "/health"): self._health,
-            ("GET", "/metrics"): self._metrics_page,
-            **{("POST", path): self._pooling for path in POOLING_ROUTES},
-        }
-        self._methods = {path: method for method, path in reversed(self._routes)}
-
-    async def __call__(self, request: Request, connection: Connection) -> None:
-        """Answer one request."""
-        path = request.path
-        status = 500
-        self._metrics.active.inc()
-        try:
-            await self._route(request)(request, connection)
-            status = connection.status
-        except ApiError as error:
-            status = error.status
-            connection.respond(status, error.body(), error.headers())
-        except asyncio.CancelledError:
-            status = 499  # the client closed the connection; nobody reads this status but the metrics
-            self._metrics.disconnected.inc()
-            raise
-        finally:
-            self._metrics.active.dec()
-            self._metrics.requests.labels(path if path in self._methods else "other", str(status)).inc()
-
-    def _route(self, request: Request) -> Callable[[Request, Connection], Awaitable[None]]:
-        if self.admin is not None and self.admin.owns(request.path):
-            return self.admin
-        handler = self._routes.get((request.method, request.path))
-        if handler is None:
-            if request.path in self._methods:
-                raise ApiError(405, f"{request.path} takes {self._methods[request.path]}, not {request.method}")
-            raise ApiError(404, f"there is no route {request.path}")
-        if request.path not in OPEN_ROUTES:
-            self._authenticate(request)
-        return handler
-
-    def _authenticate(self, request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), self._authorization):
-            raise ApiError(401, "the API key is missing or wrong: send it as `Authorization: Bearer <key>`")
-
-    # --- generation -----------------------------------------------------------------------------------------------
-
-    async def _chat(self, request: Request, connection: Connection) -> None:
-        ask, fields = parse(request.body, ChatRequest)
-        self._admit(ask.model, generates=True)
-        ask.check(fields)
-
-        def tokenize() -> bytes:
-            return self._text.chat(
-                ask.messages,
-                ask.template_variables,
-                ask.tools,
-                ask.continue_final_message,
-                bool(ask.add_special_tokens),
-            )
-
-        prompt = await self._tokenize(len(request.body), tokenize)
-        last = ask.messages[-1]
-        spoken = last.get("content") if ask.echo and last.get("role") == "assistant" else None
-        echo = spoken if isinstance(spoken, str) else None
-        await self._generate(Generation(Shape.CHAT, ask, fields, [prompt], [echo]), request, connection)
-
-    async def _completion(self, request: Request, connection: Connection) -> None:
-        ask, fields = parse(request.body, CompletionRequest)
-        self._admit(ask.model, generates=True)
-        ask.check(fields)
-        texts = ask.prompts()
-        special = ask.add_special_tokens is not False
-        prompts = [await self._prompt(prompt, special) for prompt in texts]
-        echoes = [text if isinstance(text, str) else None for text in texts]
-        await self._generate(Generation(Shape.COMPLETION, ask, fields, prompts, echoes), request, connection)
-
-    async def _pooling(self, request: Request, connection: Connection) -> None:
-        """Embeddings and the like: the body goes to a worker as it came."""
-        model = parse(request.body, Model)[0].model
-        self._admit(model or self._served.name, generates=False)
-        request_id = request.headers.get(REQUEST_ID_HEADER) or secrets.token_hex(16)
-        adapter = self._adapter(model or self._served.name)
-        route = POOLING_ROUTES[request.path]
-        called = await call(self._pool, Kind.EMBEDDING, request_id, route, request.body, adapter)
-        self._metrics.prompt_tokens.inc(called.prompt_tokens)
-        connection.respond(called.status, called.body, _id_header(request_id), called.content_type.encode())
-
-    async def _prompt(self, prompt: str | list[int], special: bool) -> bytes:
-        if isinstance(prompt, str):
-            return await self._tokenize(len(prompt), lambda: self._text.encode(prompt, special))
-        if any(not 0 <= token < self._text.vocabulary for token in prompt):
-            raise ApiError(400, f"prompt has token ids outside 0 to {self._text.vocabulary - 1}", param="prompt")
-        return pack(prompt)
-
-    async def _tokenize(self, size: int, work: Callable[[], bytes]) -> bytes:
-        """Long texts are tokenized in a thread: the tokenizer lets go of the GIL, and other streams go on."""
-        return work() if size < TOKENIZE_IN_THREAD_CHARS else await asyncio.to_thread(work)
-
-    def _admit(self, model: str, generates: bool) -> None:
-        if model != self._served.name and model not in (adapters := self._served.adapters()):
-            serves = ", ".join(map(repr, (self._served.name, *adapters)))
-            raise ApiError(404, f"the model {model!r} does not exist; this deployment serves {serves}", "model")
-        if generates is self._pool.pooling:
-            can = "computes embeddings and scores" if self._pool.pooling else "generates text"
-            raise ApiError(400, f"the model {model!r} {can} and cannot answer this", "model")
-        if self.draining:
-            raise ApiError(503, "the deployment is stopping", retry_after_s=5)
-        if self._pool.unable:
-            raise ApiError(503, self._reason(self._pool.unable), retry_after_s=1)
-
-    def _adapter(self, model: str) -> str:
-        return "" if model == self._served.name else model
-
-    async def _generate(self, generation: Generation, request: Request, connection: Connection) -> None:
-        context = self._served.max_model_len()
-        if not context:
-            raise ApiError(503, self._reason(self._pool.missing), retry_after_s=1)
-        generation.check(context)
-        ask = generation.ask
-        request_id = request.headers.get(REQUEST_ID_HEADER) or secrets.token_hex(16)
-        header = _id_header(request_id)
-        envelope = generation.envelope(ask.model)
-        answers = Streamed(connection, header, self._metrics) if ask.streams else Collected()
-        chunked = request.chunked
-        questions = generation.questions(envelope, chunked, self._adapter(ask.model), _dp_rank(request))
-        try:
-            ends = await self._all_answers(questions, answers)
-        except ApiError as error:
-            if not isinstance(answers, Streamed) or not answers.begun:
-                raise
-            # After the first byte an error is an event that ends the stream; its status is for the metrics.
-            connection.status = error.status
-            answers.write(framed(b"data: " + error.body() + b"\n\n" + DONE, chunked))
-            connection.end_events()
-            return
-        usage = self._count(generation, ends)
-        if isinstance(answers, Streamed):
-            for end in ends:
-                answers.write(end.data)
-            tail = f'data: {envelope}"choices":[],"usage":{usage}}}\n\n' if ask.include_usage else ""
-            answers.write(framed(tail.encode() + DONE, chunked))
-            connection.end_events()
-        else:
-            choices = b",".join(end.data for end in ends)
-            extra = ends[0].extra
-            body = b'%b"choices":[%b],"usage":%b%b}' % (envelope.encode(), choices, usage.encode(), extra)
-            connection.respond(200, body, header)
-
-    async def _all_answers(self, questions: list[Question], answers: Streamed | Collected) -> list[Answered]:
-        """The answers in the order of the questions; the first failure cancels the rest."""
-        if len(questions) == 1:
-            return [await answer(self._pool, questions[0], answers.write)]
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(answer(self._pool, item, answers.write)) for item in questions]
-        except* ApiError as errors:
-            raise errors.exceptions[0] from None
-        return [task.result() for task in tasks]
-
-    def _count(self, generation: Generation, ends: list[Answered]) -> str:
-        """The usage of all choices together: a prompt counts once, however many answers it got."""
-        prompt = sum(len(prompt) // 4 for prompt in generation.prompts)
-        completion = sum(end.completion_tokens for end in ends)
-        cached = sum(end.cached_tokens for end in ends[:: generation.choices])
-        self._metrics.prompt_tokens.inc(prompt)
-        self._metrics.completion_tokens.inc(completion)
-        self._metrics.cached_tokens.inc(cached)
-        told = [end.reasoning_tokens for end in ends if end.reasoning_tokens >= 0]
-        reasoning = f',"completion_tokens_details":{{"reasoning_tokens":{sum(told)}}}' if told else ""
-        return (
-            f'{{"prompt_tokens":{prompt},"completion_tokens":{completion},"total_tokens":{prompt + completion},'
-            f'"prompt_tokens_details":{{"cached_tokens":{cached}}}{reasoning}}}'
-        )
-
-    # --- the rest -------------------------------------------------------------------------------------------------
-
-    async def _models(self, request: Request, connection: Connection) -> None:
-        served = self._served
-        common = {
-            "object": "model",
-            "created": served.created,
-            "owned_by": "baton",
-            "max_model_len": served.max_model_len(),
-        }
-        models: list[dict[str, Any]] = [{"id": served.name, **common}]
-        models += [{"id": name, **common, "parent": served.name} for name in served.adapters()]
-        connection.respond(200, msgspec.json.encode({"object": "list", "data": [] if self._pool.unable else models}))
-
-    async def _health(self, request: Request, connection: Connection) -> None:
-        missing = self._pool.missing
-        if self.draining or self._pool.unable:
-            connection.respond(503, msgspec.json.encode({"status": "unavailable", "reason": self._reason(missing)}))
-        elif missing:
-            connection.respond(200, msgspec.json.encode({"status": "degraded", "reason": self._reason(missing)}))
-        else:
-            connection.respond(200, b'{"status":"ready"}')
-
-    async def _live(self, request: Request, connection: Connection) -> None:
-        connection.respond(200, b'{"status":"alive"}')
-
-    async def _metrics_page(self, request: Request, connection: Connection) -> None:
-        connection.respond(200, self._metrics.page(), content_type=b"text/plain; version=0.0.4; charset=utf-8")
-
-    def _reason(self, missing: list[Kind]) -> str:
-        if self.draining:
-            return "the deployment is stopping"
-        return f"no {' and no '.join(missing)} worker is ready"
-
-
-class Model(msgspec.Struct):
-    """What the frontend reads of a request to a pooling model; it may leave out the name of the only one."""
-
-    model: str | None = None
-
-
-class Generation:
-    """One request for answers: every prompt gets `n` of them.
-
-    Args:
-        shape: The API.
-        ask: What the frontend has read of the request.
-        fields: All of it.
-        prompts: Packed token ids.
-        echoes: For each prompt its text, where it may have to be said again and is known here.
-    """
-
     def __init__(
         self,
-        shape: Shape,
-        ask: ChatRequest | CompletionRequest,
-        fields: dict[str, Any],
-        prompts: list[bytes],
-        echoes: list[str | None],
+        served: Served,
+        text: Text,
+        pool: Pool,
+        metrics: Metrics,
+        api_key: str,
+        store: Store,
+        files: Files,
+        batches: Batches,
+        tracer: Tracer,
     ) -> None:
-        self.shape = shape
-        self.ask: Common = ask
-        self.prompts = prompts
-        self.choices = ask.n or 1
-        self._echoes = echoes
-        self._options = options(fields)
-        self._logprobs = fields.get("logprobs") is not None and fields["logprobs"] is not False  # 0 asks for them too
-        self._id = f"{'chatcmpl' if shape is Shape.CHAT else 'cmpl'}-{secrets.token_hex(12)}"
-
-    def check(self, max_model_len: int) -> None:
-        """Refuse what cannot fit the context.
-
-        Raises:
-            ApiError: 400, a prompt leaves no room for an answer.
-        """
-        wanted = self.ask.limit
-        if wanted > max_model_len:
-            raise ApiError(400, f"max_tokens={wanted} is more than the context of {max_model_len} tokens", "max_tokens")
-        for prompt in self.prompts:
-            tokens = len(prompt) // 4
-            if tokens >= max_model_len:
-                raise ApiError(
-                    400,
-                    f"this model's maximum context length is {max_model_len} tokens, but the prompt has {tokens} tokens "
-                    "and leaves no room for an answer: shorten it",
-                    param="messages" if self.shape is Shape.CHAT else "prompt",
-                )
-
-    def envelope(self, model: str) -> str:
-        """The beginning of every JSON object of the answer, up to its choices."""
-        kind = "text_completion"
-        if self.shape is Shape.CHAT:
-            kind = "chat.completion.chunk" if self.ask.stream else "chat.completion"
-        quoted = msgspec.json.encode(model).decode()
-        return f'{{"id":"{self._id}","object":"{kind}","created":{int(time.time())},"model":{quoted},'
-
-    def questions(self, envelope: str, chunked: bool, adapter: str, dp_rank: int) -> list[Question]:
-        """What the workers are asked: each answer is a question of its own, on whichever worker."""
-        ask = self.ask
-        tail = ',"usage":null}' if ask.include_usage and not ask.continuous_usage else "}"
-        found = []
-        for number, prompt in enumerate(self.prompts):
-            for choice in range(self.choices):
-                index = number * self.choices + choice
-                render = Render(
-                    shape=self.shape,
-                    stream=ask.streams,
-                    chunked=chunked,
-                    head=envelope,
-                    tail=tail,
-                    index=index,
-                    usage=ask.continuous_usage,
-                    echo=self._echoes[number],
-                )
-                found.append(
-                    Question(
-                        request_id=f"{self._id}-{index}",
-                        prompt=prompt,
-                        render=render,
-                        options=self._options,
-                        max_tokens=ask.limit,
-                        priority=ask.priority or 0,
-                        adapter=adapter,
-                        dp_rank=dp_rank,
-                        choice=choice,
-                        reads_prompt=ask.reads_prompt,
-                        restarts=(self._logprobs or ask.reads_prompt) and not ask.streams,
-                    )
-                )
-        return found
-
-
-class Streamed:
-    """The bytes of a stream: its head is sent with the first of them, so that an early error keeps its own status."""
-
-    def __init__(self, connection: Connection, header: bytes, metrics: Metrics) -> None:
-        self.begun = False
-        self._connection = connection
-        self._header = header
+        self.service = Service(served, text, pool, metrics)
+        self._keys = Keys(api_key)
         self._metrics = metrics
-        self._asked = time.perf_counter()
+        self._tracer = tracer
+        self.admin: Admin | None = None
+        about, messages, responses = About(self.service), Messages(self.service), Responses(self.service, store)
+        self._routes = Routes(
+            (
+                *_generating(self.service, messages, responses),
+                *_tools(self.service),
+                *_filing(files, batches),
+                *_telling(about, self._openapi),
+            )
+        )
 
-    def write(self, data: bytes) -> None:
-        """Send bytes that are already framed."""
-        if not self.begun:
-            self.begun = True
-            self._metrics.first_byte.observe(time.perf_counter() - self._asked)
-            self._connection.begin_events(self._header)
-        self._connection.write(data)
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused because the deployment stops."""
+        return self.service.draining
+
+    @draining.setter
+    def draining(self, value: bool) -> None:
+        self.service.draining = value
+
+    async def __call__(self, request: Request, reply: Reply) -> None:
+        """Answer one request."""
+        status, label = 500, "other"
+        given = request.headers.get(REQUEST_ID_HEADER)
+        request.headers[REQUEST_ID_HEADER] = given or secrets.token_hex(16)
+        self._metrics.active.inc()
+        try:
+            with self._tracer.span(request) as span:
+                try:
+                    if self.admin is not None and self.admin.owns(request.path):
+                        await self.admin(request, reply)
+                    else:
+                        route, parameters = self._routes.find(request.method, request.path)
+                        label = span.name = route.path
+                        if route.access is Access.API:
+                            self._keys.check(request.headers)
+                        if request.body:
+                            await unpacked(request)
+                        await route.handler(request, reply, *parameters)
+                    status = reply.status
+                except ApiError as error:
+                    status = error.status
+                    body = error.anthropic_body() if request.path.startswith(ANTHROPIC) else error.body()
+                    reply.respond(status, body, told(request) + error.headers())
+                except asyncio.CancelledError:
+                    status = 499  # the client closed the connection; nobody reads this status but the metrics
+                    self._metrics.disconnected.inc()
+                    raise
+                finally:
+                    span.status = status
+        finally:
+            self._metrics.active.dec()
+            self._metrics.requests.labels(label, str(status)).inc()
+
+    async def _openapi(self, request: Request, reply: Reply) -> None:
+        """GET /openapi.json."""
+        reply.respond(200, document(self._routes.all), told(request))
 
 
-class Collected:
-    """A unary answer: nothing is sent before its end."""
+def _generating(service: Service, messages: Messages, responses: Responses) -> Iterable[Route]:
+    post: Any = partial(Route, method="POST")
+    response = "/v1/responses/{response_id}"
+    yield post(
+        path="/v1/chat/completions",
+        handler=partial(chats.chat, service),
+        summary="Answer a conversation",
+        body=ChatRequest,
+        streams=True,
+    )
+    yield post(
+        path="/v1/completions",
+        handler=partial(chats.completion, service),
+        summary="Go on with a text",
+        body=CompletionRequest,
+        streams=True,
+    )
+    yield post(
+        path="/v1/responses",
+        handler=responses.create,
+        summary="Answer, in the form of OpenAI's responses",
+        body=ResponseRequest,
+        streams=True,
+    )
+    yield post(
+        path="/v1/responses/input_tokens",
+        handler=responses.count,
+        summary="Count the tokens of what a response would be asked",
+        body=TokensRequest,
+    )
+    yield Route(method="GET", path=response, handler=responses.get, summary="A stored response")
+    yield Route(method="DELETE", path=response, handler=responses.delete, summary="Forget a stored response")
+    yield Route(
+        method="GET",
+        path=f"{response}/input_items",
+        handler=responses.input_items,
+        summary="What a stored response was asked",
+    )
+    yield post(path=f"{response}/cancel", handler=responses.cancel, summary="Refused: nothing runs in the background")
+    yield post(
+        path=ANTHROPIC,
+        handler=messages.create,
+        summary="Answer, in the form of Anthropic's messages",
+        body=MessageRequest,
+        streams=True,
+        anthropic=True,
+    )
+    yield post(
+        path=f"{ANTHROPIC}/count_tokens",
+        handler=messages.count,
+        summary="Count the tokens of a conversation",
+        body=CountRequest,
+        anthropic=True,
+    )
 
-    def write(self, data: bytes) -> None:
-        """A worker has nothing to say before the end of a unary answer."""
+
+def _tools(service: Service) -> Iterable[Route]:
+    post: Any = partial(Route, method="POST")
+    for path, name in chats.POOLING_ROUTES.items():
+        handler = partial(chats.pooling, service)
+        yield post(path=path, handler=handler, summary=f"vLLM's {name}", body=chats.PoolingRequest)
+    yield post(
+        path="/tokenize",
+        handler=partial(tokens.tokenize, service),
+        summary="Token ids of a text or a conversation",
+        body=tokens.TokenizeRequest,
+    )
+    yield post(
+        path="/detokenize",
+        handler=partial(tokens.detokenize, service),
+        summary="The text of token ids",
+        body=tokens.DetokenizeRequest,
+    )
 
 
-def framed(payload: bytes, chunked: bool) -> bytes:
-    """The payload as a chunk where the client's HTTP version knows chunks."""
-    return chunk(payload) if chunked else payload
+def _filing(files: Files, batches: Batches) -> Iterable[Route]:
+    file, batch = "/v1/files/{file_id}", "/v1/batches/{batch_id}"
+    yield Route(method="POST", path="/v1/files", handler=files.upload, summary="Upload a file", form=UPLOAD)
+    yield Route(
+        method="GET",
+        path="/v1/files",
+        handler=files.listing,
+        summary="All files, the newest first",
+        query=("purpose", "limit", "after", "order"),
+    )
+    yield Route(method="GET", path=file, handler=files.get, summary="What a file is")
+    yield Route(method="DELETE", path=file, handler=files.delete, summary="Delete a file")
+    yield Route(
+        method="GET",
+        path=f"{file}/content",
+        handler=files.content,
+        summary="What is in a file",
+        content="application/octet-stream",
+    )
+    yield Route(
+        method="POST",
+        path="/v1/batches",
+        handler=batches.create,
+        summary="Have the requests of a file answered when there is room",
+        body=BatchRequest,
+    )
+    yield Route(
+        method="GET",
+        path="/v1/batches",
+        handler=batches.listing,
+        summary="All batches, the newest first",
+        query=("limit", "after"),
+    )
+    yield Route(method="GET", path=batch, handler=batches.get, summary="How far a batch is")
+    yield Route(method="POST", path=f"{batch}/cancel", handler=batches.cancel, summary="End a batch early")
 
 
-def _id_header(request_id: str) -> bytes:
-    return b"x-request-id: %b\r\n" % request_id.encode("latin-1", "replace")
-
-
-def _dp_rank(request: Request) -> int:
-    """The data-parallel rank that the client names, in vLLM's header; -1 for any.
-
-    Raises:
-        ApiError: 400, it is no number.
-    """
-    given = request.headers.get(DP_RANK_HEADER)
-    if given is None:
-        return -1
-    if not given.isdigit():
-        raise ApiError(400, f"{DP_RANK_HEADER} is a number from 0 on, got {given!r}")
-    return int(given)
+def _telling(about: About, openapi: Any) -> Iterable[Route]:
+    get: Any = partial(Route, method="GET")
+    yield get(path="/v1/models", handler=about.models, summary="The models that can be asked now")
+    yield get(
+        path="/v1/models/{model}/ready", handler=about.ready, summary="Whether it can be asked, and what is missing"
+    )
+    yield get(path="/v1/models/{model}", handler=about.model, summary="One model")
+    yield get(
+        path="/version", handler=about.version, summary="Versions of Baton and of its engines", access=Access.OPEN
+    )
+    yield get(path="/openapi.json", handler=openapi, summary="This document", access=Access.OPEN)
+    yield get(path="/health", handler=about.health, summary="Whether requests can be answered", access=Access.OPEN)
+    yield get(path="/ping", handler=about.health, summary="The same, as hosting services ask", access=Access.OPEN)
+    yield Route(method="POST", path="/ping", handler=about.health, summary="The same", access=Access.OPEN)
+    yield get(path="/live", handler=about.live, summary="Whether this process lives", access=Access.OPEN)
+    yield get(
+        path="/metrics", handler=about.metrics, summary="For Prometheus", access=Access.OPEN, content="text/plain"
+    )

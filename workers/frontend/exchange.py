@@ -46,6 +46,7 @@ class Question:
     choice: int = 0
     reads_prompt: bool = False
     restarts: bool = False
+    trace: dict[str, str] | None = None
 
     @property
     def tokens(self) -> int:
@@ -152,6 +153,11 @@ class Pool:
             return set()
         busy = {link.card.instance: link.prefilling for link in self.usable(Kind.DECODE)}
         return {name for name, tokens in busy.items() if not self._local.has_room(question.tokens, tokens)}
+
+    @property
+    def needed(self) -> tuple[Kind, ...]:
+        """The kinds of worker that belong to the deployment."""
+        return self._needed
 
     @property
     def missing(self) -> list[Kind]:
@@ -381,6 +387,8 @@ def _generate(
         adapter=question.adapter,
         dp_rank=rank,
         choice=question.choice,
+        cached_tokens=prefilled.cached_tokens if prefilled else -1,
+        trace=question.trace,
     )
 
 

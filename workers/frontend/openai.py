@@ -17,6 +17,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 MAX_CHOICES = 64
 # What travels in a message; how much of it a parameter may use is the engine's to check.
 Word = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=2**62)]
 # Dealt with here, or meaningless to a worker.
 OWN = frozenset(
     (
@@ -181,6 +182,21 @@ class CompletionRequest(Common, kw_only=True):
             "prompt must be a string, a list of strings, a list of token ids, or a list of such lists",
             param="prompt",
         )
+
+
+def chat_from(fields: dict[str, Any]) -> tuple[ChatRequest, dict[str, Any]]:
+    """A chat that another API's request was put into: what the frontend reads of it, checked, and all its fields.
+
+    Raises:
+        ApiError: 400.
+    """
+    fields = {name: value for name, value in fields.items() if value is not None}
+    try:
+        ask = msgspec.convert(fields, type=ChatRequest)
+    except msgspec.ValidationError as error:
+        raise ApiError(400, str(error)) from error
+    ask.check(fields)
+    return ask, fields
 
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions

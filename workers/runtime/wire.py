@@ -27,10 +27,21 @@ class Leg(StrEnum):
 
 
 class Shape(StrEnum):
-    """Which API's choices the worker renders."""
+    """Which API's answers the worker renders.
+
+    Of chats and completions it renders the choices, several of which make an answer. A message (Anthropic's API) and a
+    response (OpenAI's newer API) have but one, and are rendered to their last byte.
+    """
 
     CHAT = "chat"
     COMPLETION = "completion"
+    MESSAGE = "message"
+    RESPONSE = "response"
+
+    @property
+    def whole(self) -> bool:
+        """Whether the worker renders all of the answer, its usage too."""
+        return self is Shape.MESSAGE or self is Shape.RESPONSE
 
 
 class Render(msgspec.Struct, array_like=True):
@@ -39,6 +50,8 @@ class Render(msgspec.Struct, array_like=True):
     With `stream`, every delta becomes one server-sent event `data: {<head>,"choices":[...]<tail>`, framed as an HTTP/1.1
     chunk when `chunked`; with `usage` each event counts the tokens so far, between its choices and the tail. Without
     `stream`, the End carries one finished JSON object of the `choices` list. `echo` opens the answer.
+
+    Of a whole answer `head` opens its JSON object (an id, the model, what the request said), and `tail` is not used.
     """
 
     shape: Shape
@@ -60,7 +73,8 @@ class Generate(msgspec.Struct, array_like=True, tag="g"):
 
     `options` is a JSON object: what the client asked for, under the names of its API, less what the frontend itself has
     dealt with. The worker reads it with vLLM's own request classes. `max_tokens` -1 stands for as many as fit. `choice` is
-    the number of the answer among those to one prompt: a seed is shifted by it.
+    the number of the answer among those to one prompt: a seed is shifted by it. `cached_tokens` is what the prefill found
+    in its prefix cache, -1 where this worker computes the prompt itself. `trace` are W3C trace context headers.
 
     `produced` are ids that another worker already answered with: they belong to the prompt of the engine, but neither to
     the prompt of the client nor to what is rendered again. `transfer` is what the prefill worker returned, unread; it is
@@ -81,6 +95,8 @@ class Generate(msgspec.Struct, array_like=True, tag="g"):
     adapter: str = ""
     dp_rank: int = -1
     choice: int = 0
+    cached_tokens: int = -1
+    trace: dict[str, str] | None = None
 
 
 class Call(msgspec.Struct, array_like=True, tag="f"):

@@ -1,0 +1,107 @@
+"""What all routes answer from: the model, its tokenizer, its workers, and what is counted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from launch.recipe import Kind
+from workers.frontend.errors import ApiError
+from workers.frontend.exchange import Pool
+from workers.frontend.metrics import Metrics
+from workers.frontend.text import Text
+from workers.runtime.wire import pack
+
+TOKENIZE_IN_THREAD_CHARS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """The model of the deployment."""
+
+    name: str
+    max_model_len: Callable[[], int]
+    """Context length, as the workers say; 0 while none is there."""
+    adapters: Callable[[], list[str]]
+    """LoRA adapters that are loaded somewhere, each served as a model of its own."""
+    created: int
+    version: Callable[[], str] = lambda: ""
+    """Version of the engines, as the workers say."""
+
+
+@dataclass(slots=True)
+class Service:
+    """See above. `draining` is set once the deployment stops."""
+
+    served: Served
+    text: Text
+    pool: Pool
+    metrics: Metrics
+    draining: bool = False
+
+    def know(self, model: str) -> None:
+        """Refuse a model that is not served.
+
+        Raises:
+            ApiError: 404.
+        """
+        if model != self.served.name and model not in (adapters := self.served.adapters()):
+            serves = ", ".join(map(repr, (self.served.name, *adapters)))
+            raise ApiError(404, f"the model {model!r} does not exist; this deployment serves {serves}", "model")
+
+    def admit(self, model: str, generates: bool) -> None:
+        """Refuse what cannot be answered now.
+
+        Args:
+            model: Name that the client gave.
+            generates: Whether text is asked for, not vectors or scores.
+
+        Raises:
+            ApiError: 404, 400 or 503.
+        """
+        self.know(model)
+        if generates is self.pool.pooling:
+            can = "computes embeddings and scores" if self.pool.pooling else "generates text"
+            raise ApiError(400, f"the model {model!r} {can} and cannot answer this", "model")
+        if self.draining:
+            raise ApiError(503, "the deployment is stopping", retry_after_s=5)
+        if self.pool.unable:
+            raise ApiError(503, self.reason(self.pool.unable), retry_after_s=1)
+
+    def context(self) -> int:
+        """Context length of the model.
+
+        Raises:
+            ApiError: 503, no worker is there to say it.
+        """
+        length = self.served.max_model_len()
+        if not length:
+            raise ApiError(503, self.reason(self.pool.missing), retry_after_s=1)
+        return length
+
+    def adapter(self, model: str) -> str:
+        """The LoRA adapter that a model's name stands for; "" for the model itself."""
+        return "" if model == self.served.name else model
+
+    def reason(self, missing: list[Kind]) -> str:
+        """Why something cannot be answered."""
+        if self.draining:
+            return "the deployment is stopping"
+        return f"no {' and no '.join(missing)} worker is ready"
+
+    async def tokenized(self, size: int, work: Callable[[], bytes]) -> bytes:
+        """Long texts are tokenized in a thread: the tokenizer lets go of the GIL, and other streams go on."""
+        return work() if size < TOKENIZE_IN_THREAD_CHARS else await asyncio.to_thread(work)
+
+    async def prompt(self, prompt: str | list[int], special: bool) -> bytes:
+        """Packed token ids of a prompt that is text or token ids.
+
+        Raises:
+            ApiError: 400, it has ids that no token has.
+        """
+        if isinstance(prompt, str):
+            return await self.tokenized(len(prompt), lambda: self.text.encode(prompt, special))
+        if any(not 0 <= token < self.text.vocabulary for token in prompt):
+            raise ApiError(400, f"prompt has token ids outside 0 to {self.text.vocabulary - 1}", param="prompt")
+        return pack(prompt)
