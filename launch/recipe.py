@@ -61,6 +61,21 @@ class Executor(StrEnum):
     RAY = "ray"
 
 
+class Tokenize(StrEnum):
+    """Who makes a prompt of messages: the frontend where it surely can and else a worker, always the one, or the other."""
+
+    AUTO = "auto"
+    FRONTEND = "frontend"
+    WORKER = "worker"
+
+
+class Tiny(StrEnum):
+    """The models that the project makes itself: one that reads text, and one that also sees images."""
+
+    TEXT = "text"
+    VISION = "vision"
+
+
 class LoadFailure(StrEnum):
     """What becomes of a request whose KV cache could not be fetched: it fails, or its prompt is computed again."""
 
@@ -124,11 +139,11 @@ class Role:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """The weights and the name that clients use. `tiny` models are made by the project itself (`launch.tiny_model`)."""
+    """The weights and the name that clients use. `tiny` ones are made by the project itself (`launch.tiny_model`)."""
 
     path: str
     name: str
-    tiny: bool = False
+    tiny: Tiny | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +164,7 @@ class Engine:
     kv_lease_s: int = 30
     kv_events: bool | None = None
     lora_dirs: tuple[str, ...] = ()
+    tokenize: Tokenize = Tokenize.AUTO
 
     def __post_init__(self) -> None:
         relative = [folder for folder in self.lora_dirs if not folder.startswith("/")]

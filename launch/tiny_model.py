@@ -16,9 +16,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from launch.recipe import Tiny
 
 if TYPE_CHECKING:
     import numpy as np
@@ -129,15 +130,10 @@ write yield zoom"""
 ENDINGS = ("", "s", "ed", "ing", "er", "able", "ment", "ful")
 
 
-class Tiny(StrEnum):
-    """The tiny models there are: one that reads text, and one that also sees images (`launch.tiny_vision`)."""
-
-    TEXT = "text"
-    VISION = "vision"
-
-
 def make_tiny_model(folder: Path, *, kind: Tiny = Tiny.TEXT, seed: int = 0) -> Path:
     """Make `folder` hold the tiny model of this kind and seed, and return it.
+
+    The kind that sees images is the one that does not, with a vision tower beside it (`launch.tiny_vision`).
 
     The same modules, kind and seed give the same bytes on each run. Nothing is written when the folder already holds
     exactly this model. The folder appears whole or not at all, whoever else calls this at the same time.

@@ -123,6 +123,7 @@ def engine_environment(
     env = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",  # an allowed host must not send us to another
         "PYTHONHASHSEED": "0",  # block hashes must agree between engines
         "VLLM_HOST_IP": place.address,
         "VLLM_NIXL_SIDE_CHANNEL_HOST": place.address,  # vLLM's default is localhost, which no other node can reach

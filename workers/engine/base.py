@@ -41,7 +41,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """One leg of a request in the engine's terms. `wire.Generate` says what the fields mean."""
+    """One leg of a request in the engine's terms. `wire.Generate` says what the fields mean.
+
+    `inputs` is the prompt as the engine takes it, where that is more than its ids: with media. `Engine.rendered` makes it.
+    """
 
     request_id: str
     prompt: list[int]
@@ -55,6 +58,9 @@ class Ask:
     adapter: str = ""
     dp_rank: int = -1
     choice: int = 0
+    source: bytes = b""
+    features: bytes = b""
+    inputs: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +127,12 @@ class Engine(Protocol):
     adapter_uses: Counter[str]
     """Requests that run on each adapter now."""
 
+    async def rendered(self, ask: Ask) -> Ask:
+        """The same leg with the prompt that its `source` stands for; with `features` where another leg is to follow."""
+        ...
+
     def generate(self, ask: Ask) -> AsyncIterator[Piece]:
-        """Serve one leg; the last piece has `finish` set."""
+        """Serve one leg, rendered where it was to be; the last piece has `finish` set."""
         ...
 
     async def call(self, request_id: str, route: str, body: bytes) -> Response:

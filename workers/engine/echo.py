@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from workers.engine import transfer
@@ -32,6 +33,10 @@ class EchoEngine:
         self.adapter_uses: Counter[str] = Counter()
         self.operable: Operable = EchoOperations(self.adapters)
         self.sizes = Sizes(max_model_len=MAX_MODEL_LEN, block_size=BLOCK_SIZE, lease_s=KV_LEASE_S, version="echo")
+
+    async def rendered(self, ask: Ask) -> Ask:
+        """The source itself, tokenized; see `base.Engine`."""
+        return replace(ask, prompt=self._tokenizer.encode(ask.source.decode()).ids) if ask.source else ask
 
     async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
         """Serve one leg; see `base.Engine`."""

@@ -37,6 +37,7 @@ class VllmEngine:
         # Imported now: with the first request it would hold up the loop for seconds, and frontends would take us for dead.
         from workers.engine import pooling, vllm_request
         from workers.engine.reader import Reader
+        from workers.engine.rendering import Rendering
 
         self._requests, self._poolings = vllm_request, pooling
         config = llm.vllm_config
@@ -44,6 +45,9 @@ class VllmEngine:
         self._serving = serving
         runner = config.model_config.runner_type
         self._reader = Reader.of(llm, serving) if runner == "generate" else None
+        passed = config.kv_transfer_config
+        paired = passed is not None and passed.kv_role in ("kv_producer", "kv_consumer")
+        self._rendering = Rendering(llm, serving, passes_on=paired) if runner == "generate" else None
         self._pooling: Any = None
         self._peers = Peers()
         parallel = config.parallel_config
@@ -54,7 +58,6 @@ class VllmEngine:
         self.adapter_uses: Counter[str] = Counter()
         self.load = load
         self.stats = stats
-        passed = config.kv_transfer_config
         self.operable: Operable = VllmOperations(llm, self.adapters)
         self.sizes = Sizes(
             max_model_len=config.model_config.max_model_len,
@@ -64,6 +67,10 @@ class VllmEngine:
             tasks=(runner,),
         )
 
+    async def rendered(self, ask: Ask) -> Ask:
+        """The same leg with its prompt; see `base.Engine`."""
+        return await self._rendering.rendered(ask) if self._rendering else ask
+
     async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
         """Serve one leg; see `base.Engine`."""
         from vllm.exceptions import VLLMClientError
@@ -72,7 +79,7 @@ class VllmEngine:
         if self._reader is None:
             raise RefusedError("this model does not generate text")
         request = self._requests.VllmRequest(self._reader, ask)
-        prompt: dict[str, Any] = {"prompt_token_ids": request.prompt}
+        prompt: dict[str, Any] = {**(ask.inputs or {}), "prompt_token_ids": request.prompt}
         if request.cache_salt is not None:
             prompt["cache_salt"] = request.cache_salt
         sampling = request.sampling

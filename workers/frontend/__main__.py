@@ -16,7 +16,7 @@ from launch.recipe import Kind, Recipe
 from launch.records import Control, RunDirectory
 from slurm.children import report
 from slurm.places import Place, places
-from workers.engine.options import serving_options
+from workers.engine.options import merged, serving_options
 from workers.frontend.admin import Admin
 from workers.frontend.app import App, Served
 from workers.frontend.errors import error_body
@@ -26,6 +26,7 @@ from workers.frontend.links import Links
 from workers.frontend.local import LocalPrefill
 from workers.frontend.metrics import Metrics
 from workers.frontend.router import mode
+from workers.frontend.sources import worker_tokenizes
 from workers.frontend.text import Text
 from workers.runtime.commands import Commander
 from workers.runtime.etcd import Etcd
@@ -86,8 +87,11 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys:
         created=int(time.time()),
     )
     serving = serving_options(recipe, recipe.roles[-1])
-    text = Text(Path(recipe.model.path), serving.chat_template, serving.default_chat_template_kwargs)
-    app = App(served, text, pool, metrics, api_key)
+    folder, arguments = Path(recipe.model.path), merged(recipe, recipe.roles[-1])
+    text = None
+    if not worker_tokenizes(recipe.engine.tokenize, folder, arguments):
+        text = Text(folder, serving.chat_template, serving.default_chat_template_kwargs)
+    app = App(served, text, pool, metrics, api_key, recipe.engine.tokenize)
     commander = Commander(control, recipe.name, name)
     app.admin = Admin(
         plan(recipe),

@@ -16,19 +16,22 @@ from typing import Any
 
 import msgspec
 
-from launch.recipe import Kind
+from launch.recipe import Kind, Tokenize
 from workers.engine.render import chunk
+from workers.frontend import sources
 from workers.frontend.admin import Admin
 from workers.frontend.errors import ApiError
 from workers.frontend.exchange import Answered, Pool, Question, answer, call
 from workers.frontend.http import Connection, Request
 from workers.frontend.metrics import Metrics
 from workers.frontend.openai import ChatRequest, Common, CompletionRequest, options, parse
+from workers.frontend.sources import has_media
 from workers.frontend.text import Text
 from workers.runtime.wire import Render, Shape, pack
 
 DONE = b"data: [DONE]\n\n"
 TOKENIZE_IN_THREAD_CHARS = 4096
+MAX_ID = 2**31 - 1  # what travels; the engine knows its vocabulary
 REQUEST_ID_HEADER = "x-request-id"
 DP_RANK_HEADER = "x-data-parallel-rank"
 # vLLM's routes for pooling models, and the same under /v1 where vLLM has them elsewhere.
@@ -57,9 +60,19 @@ class Served:
 class App:
     """The handler of all requests."""
 
-    def __init__(self, served: Served, text: Text, pool: Pool, metrics: Metrics, api_key: str) -> None:
+    def __init__(
+        self,
+        served: Served,
+        text: Text | None,
+        pool: Pool,
+        metrics: Metrics,
+        api_key: str,
+        tokenize: Tokenize = Tokenize.AUTO,
+    ) -> None:
+        """Make the handler; without a `text` workers make every prompt, else those that `tokenize` leaves to them."""
         self._served = served
         self._text = text
+        self._tokenize_where = tokenize
         self._pool = pool
         self._metrics = metrics
         self._authorization = f"Bearer {api_key}".encode()
@@ -121,20 +134,25 @@ class App:
         self._admit(ask.model, generates=True)
         ask.check(fields)
 
-        def tokenize() -> bytes:
-            return self._text.chat(
-                ask.messages,
-                ask.template_variables,
-                ask.tools,
-                ask.continue_final_message,
-                bool(ask.add_special_tokens),
+        prompt, source = b"", b""
+        text = self._text
+        if text is None or (self._tokenize_where is Tokenize.AUTO and has_media(ask.messages)):
+            source = sources.source(messages=ask.messages)
+        else:
+            prompt = await self._tokenize(
+                len(request.body),
+                lambda: text.chat(
+                    ask.messages,
+                    ask.template_variables,
+                    ask.tools,
+                    ask.continue_final_message,
+                    bool(ask.add_special_tokens),
+                ),
             )
-
-        prompt = await self._tokenize(len(request.body), tokenize)
         last = ask.messages[-1]
         spoken = last.get("content") if ask.echo and last.get("role") == "assistant" else None
         echo = spoken if isinstance(spoken, str) else None
-        await self._generate(Generation(Shape.CHAT, ask, fields, [prompt], [echo]), request, connection)
+        await self._generate(Generation(Shape.CHAT, ask, fields, [prompt], [echo], [source]), request, connection)
 
     async def _completion(self, request: Request, connection: Connection) -> None:
         ask, fields = parse(request.body, CompletionRequest)
@@ -144,7 +162,8 @@ class App:
         special = ask.add_special_tokens is not False
         prompts = [await self._prompt(prompt, special) for prompt in texts]
         echoes = [text if isinstance(text, str) else None for text in texts]
-        await self._generate(Generation(Shape.COMPLETION, ask, fields, prompts, echoes), request, connection)
+        made = [b"" if prompt else sources.source(prompt=text) for prompt, text in zip(prompts, texts, strict=True)]
+        await self._generate(Generation(Shape.COMPLETION, ask, fields, prompts, echoes, made), request, connection)
 
     async def _pooling(self, request: Request, connection: Connection) -> None:
         """Embeddings and the like: the body goes to a worker as it came."""
@@ -158,11 +177,13 @@ class App:
         connection.respond(called.status, called.body, _id_header(request_id), called.content_type.encode())
 
     async def _prompt(self, prompt: str | list[int], special: bool) -> bytes:
+        """The packed ids of a prompt; none where a worker makes them."""
+        text = self._text
+        if text is None:
+            return _packed(prompt, MAX_ID) if isinstance(prompt, list) else b""
         if isinstance(prompt, str):
-            return await self._tokenize(len(prompt), lambda: self._text.encode(prompt, special))
-        if any(not 0 <= token < self._text.vocabulary for token in prompt):
-            raise ApiError(400, f"prompt has token ids outside 0 to {self._text.vocabulary - 1}", param="prompt")
-        return pack(prompt)
+            return await self._tokenize(len(prompt), lambda: text.encode(prompt, special))
+        return _packed(prompt, text.vocabulary - 1)
 
     async def _tokenize(self, size: int, work: Callable[[], bytes]) -> bytes:
         """Long texts are tokenized in a thread: the tokenizer lets go of the GIL, and other streams go on."""
@@ -231,7 +252,7 @@ class App:
 
     def _count(self, generation: Generation, ends: list[Answered]) -> str:
         """The usage of all choices together: a prompt counts once, however many answers it got."""
-        prompt = sum(len(prompt) // 4 for prompt in generation.prompts)
+        prompt = sum(end.prompt_tokens for end in ends[:: generation.choices])
         completion = sum(end.completion_tokens for end in ends)
         cached = sum(end.cached_tokens for end in ends[:: generation.choices])
         self._metrics.prompt_tokens.inc(prompt)
@@ -294,6 +315,7 @@ class Generation:
         fields: All of it.
         prompts: Packed token ids.
         echoes: For each prompt its text, where it may have to be said again and is known here.
+        made_of: For each prompt that a worker makes what it makes it of (`workers.frontend.sources`).
     """
 
     def __init__(
@@ -303,7 +325,10 @@ class Generation:
         fields: dict[str, Any],
         prompts: list[bytes],
         echoes: list[str | None],
+        made_of: list[bytes] | None = None,
     ) -> None:
+        self._sources = made_of or [b""] * len(prompts)
+        self._guess = sources.guess(fields) if any(self._sources) else 0
         self.shape = shape
         self.ask: Common = ask
         self.prompts = prompts
@@ -362,6 +387,8 @@ class Generation:
                     Question(
                         request_id=f"{self._id}-{index}",
                         prompt=prompt,
+                        source=self._sources[number],
+                        guess=self._guess,
                         render=render,
                         options=self._options,
                         max_tokens=ask.limit,
@@ -374,6 +401,12 @@ class Generation:
                     )
                 )
         return found
+
+
+def _packed(ids: list[int], largest: int) -> bytes:
+    if any(not 0 <= token <= largest for token in ids):
+        raise ApiError(400, f"prompt has token ids outside 0 to {largest}", param="prompt")
+    return pack(ids)
 
 
 class Streamed:

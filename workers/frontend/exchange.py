@@ -31,6 +31,7 @@ SOURCE_LOST = wire.Failed(0, 503, "the prefill worker was lost before its KV cac
 class Question:
     """One prompt and how it is to be answered; `wire.Generate` says what the fields mean.
 
+    `prompt` is empty where a worker makes it of `source`; `guess` is then how many tokens it is taken for until it is made.
     `reads_prompt` asks for something that only the engine that computes the prompt can tell. `restarts` asks for something
     that an answer continued elsewhere would lack, so that it has to begin anew.
     """
@@ -46,11 +47,18 @@ class Question:
     choice: int = 0
     reads_prompt: bool = False
     restarts: bool = False
+    source: bytes = b""
+    features: bytes = b""
+    guess: int = 0
 
     @property
     def tokens(self) -> int:
         """Length of the prompt."""
-        return len(self.prompt) // 4
+        return len(self.prompt) // 4 or self.guess
+
+    def rendered(self, prompt: bytes, features: bytes) -> Question:
+        """The same with the prompt that a worker has made of its source; itself where none did."""
+        return replace(self, prompt=prompt, features=features, source=b"") if prompt else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,8 +332,10 @@ async def _attempt(pool: Pool, question: Question, relay: Relay, avoid: set[str]
         raise
     pool.on_leg(Kind.DECODE)
 
+    passed = question.rendered(prefilled.prompt, prefilled.features)
+
     def build(stream: int) -> wire.Generate:
-        return _generate(stream, question, relay, wire.Leg.DECODE, target.rank, prefilled)
+        return _generate(stream, passed, relay, wire.Leg.DECODE, target.rank, prefilled)
 
     # From here on the transfer belongs to the decode worker, which uses it or releases it.
     last = await _run(target, relay, build, wire.End, source=source)
@@ -381,6 +391,8 @@ def _generate(
         adapter=question.adapter,
         dp_rank=rank,
         choice=question.choice,
+        source=question.source,
+        features=question.features,
     )
 
 

@@ -65,6 +65,9 @@ class Generate(msgspec.Struct, array_like=True, tag="g"):
     `produced` are ids that another worker already answered with: they belong to the prompt of the engine, but neither to
     the prompt of the client nor to what is rendered again. `transfer` is what the prefill worker returned, unread; it is
     not used after `expires_at`, in seconds since the epoch by the prefill worker's clock.
+
+    `source` is what the worker makes the prompt of itself, a JSON object with the client's `messages` or `prompt`; `prompt`
+    is empty then. The worker of the first leg makes it, and later legs get its ids, with the media in them as `features`.
     """
 
     stream: int
@@ -81,6 +84,8 @@ class Generate(msgspec.Struct, array_like=True, tag="g"):
     adapter: str = ""
     dp_rank: int = -1
     choice: int = 0
+    source: bytes = b""
+    features: bytes = b""
 
 
 class Call(msgspec.Struct, array_like=True, tag="f"):
@@ -128,13 +133,18 @@ class End(msgspec.Struct, array_like=True):
 
 
 class Prefilled(msgspec.Struct, array_like=True):
-    """The answer to a prefill leg: single use, and dead after `expires_at` (seconds since the epoch, worker's clock)."""
+    """The answer to a prefill leg: single use, and dead after `expires_at` (seconds since the epoch, worker's clock).
+
+    `prompt` and `features` are what the worker made of the request's `source`, for the next leg.
+    """
 
     stream: int
     transfer: bytes
     expires_at: float
     prompt_tokens: int
     cached_tokens: int
+    prompt: bytes = b""
+    features: bytes = b""
 
 
 class Called(msgspec.Struct, array_like=True):
