@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,18 @@ from PIL import Image
 from launch.recipe import Tiny
 from launch.tiny_model import make_tiny_model
 from tests.deployments import Deployment, deployed
-from tests.parity import CHAT, COMPLETION, Case, answer
+from tests.parity import CASES as TEXTS
+from tests.parity import CHAT, Case, answer
 from tests.reference import plain_vllm
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 MOST_IMAGES = 3
+# In the second, workers also make the prompts that have no media.
 SHAPES = [
-    pytest.param("tiny_vlm", id="aggregated"),
-    pytest.param("tiny_vlm_disagg", id="disaggregated", marks=pytest.mark.nightly),
+    pytest.param(("+recipe=tiny_vlm",), id="aggregated"),
+    pytest.param(("+recipe=tiny_vlm_encode", "engine.tokenize=worker"), id="encode, prefill and decode apart"),
+    pytest.param(("+recipe=tiny_vlm_disagg",), id="prefill and decode apart", marks=pytest.mark.nightly),
 ]
 
 
@@ -53,6 +58,10 @@ def said(messages: list[dict[str, Any]], status: int = 200, **more: Any) -> Case
     return Case(CHAT, {**common, "messages": messages, **more}, status)
 
 
+WITHOUT_IMAGES = (
+    *("greedy", "token ids", "several prompts", "no begin token", "echo", "echo of token ids", "echo with logprobs"),
+    *("stop string", "developer role", "chat token ids out", "json schema", "token out of vocabulary"),
+)
 RED, BLUE = picture("red"), picture("blue")
 CASES: dict[str, Case] = {
     "text alone": asked("Tell me of the sea"),
@@ -79,7 +88,7 @@ CASES: dict[str, Case] = {
     "logprobs": asked("What is this?", seen(RED), logprobs=True, top_logprobs=2),
     "a stop string": asked("What is this?", seen(BLUE), stop=["e"]),
     "salted": asked("What is this?", seen(RED), cache_salt="mine"),
-    "a completion": Case(COMPLETION, {"model": "tiny", "prompt": "The sea", "max_tokens": 8, "temperature": 0}),
+    **{name: TEXTS[name] for name in WITHOUT_IMAGES},
     "too many images": asked(*[seen(RED)] * (MOST_IMAGES + 1), status=400),
     "no image at all": asked("x", seen("data:image/png;base64,AAAA"), status=400),
     "no base64": asked("x", seen("data:image/png;base64,A"), status=400),
@@ -133,8 +142,8 @@ def deployment(
 ) -> Iterator[Deployment]:
     """Each shape in turn, after the plain server has ended."""
     limit = f"engine.args.limit_mm_per_prompt={{image: {MOST_IMAGES}}}"
-    shape = (f"+recipe={request.param}", f"model.path=tiny-vision:{vision_model}", limit)
-    with deployed(tmp_path_factory.mktemp(request.param), *shape, name=request.param) as running:
+    shape = (*request.param, f"model.path=tiny-vision:{vision_model}", limit)
+    with deployed(tmp_path_factory.mktemp("media"), *shape, name="media") as running:
         yield running
 
 
@@ -180,3 +189,47 @@ def test_media_that_were_named_need_not_be_sent_again(deployment: Deployment) ->
 
     assert first[0] == 200
     assert second == first
+
+
+def test_media_are_encoded_where_the_recipe_says(deployment: Deployment) -> None:
+    """What an encode engine made is what the prompt is computed from: with another image's in its place, that one is seen."""
+    folders = list((deployment.run.path / "encoder_cache").glob("*"))
+    if "encode-0" not in deployment.pids():
+        assert not folders
+        return
+    base = deployment.endpoint.url.removesuffix("/v1")
+
+    def tell(url: str, name: str) -> Any:
+        return answer(deployment.http, base, asked("Describe it", seen(url, uuid=name)), False)
+
+    blue, red = tell(BLUE, "blue"), tell(RED, "red")
+    (folder,) = folders
+    shutil.copy(folder / kept("blue"), folder / kept("planted"))
+
+    assert tell(RED, "planted") == blue
+    assert red != blue
+
+
+def kept(name: str) -> str:
+    """The file of an image that the client has named."""
+    return f"{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
+
+
+def test_the_cache_of_an_image_really_moves(deployment: Deployment) -> None:
+    """Prefill and decode apart: the decode engine pulls what was computed from the image, and nothing is computed twice."""
+    if "decode-0" not in deployment.pids():
+        assert "aggregated-0" in deployment.pids()
+        return
+
+    def computed_locally() -> list[str]:
+        page = httpx.get(f"{deployment.endpoint.url.removesuffix('/v1')}/metrics").text
+        return [line for line in page.splitlines() if line.startswith("baton_frontend_local_prefills_total{")]
+
+    local = computed_locally()
+    before = deployment.metric("decode-0", "vllm:nixl_bytes_transferred_sum")
+    image = seen(picture("green", (64, 64)))
+    told = answer(deployment.http, deployment.endpoint.url.removesuffix("/v1"), asked("Look " * 100, image), False)
+
+    assert told[0] == 200
+    assert deployment.metric("decode-0", "vllm:nixl_bytes_transferred_sum") > before
+    assert computed_locally() == local

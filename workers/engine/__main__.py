@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import secrets
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from prometheus_client import CollectorRegistry
 
 from launch.errors import LaunchError
 from launch.plan import Member, Plan, dp_ranks, plan
-from launch.recipe import Backend, Executor, Recipe, Role
+from launch.recipe import Backend, Executor, Kind, Recipe, Role
 from launch.records import Control, RunDirectory
 from slurm.children import report
 from slurm.places import Place, places
@@ -67,7 +68,10 @@ def main() -> int:
     role = role_of(recipe, member)
     life = f"{job.submitted_at}/{os.environ.get(GENERATION, '')}"
     try:
-        arguments = prepared(recipe, where, member, known, life)
+        encoder_cache = run.path / "encoder_cache" / f"{job.submitted_at:.6f}"
+        if member.kind is Kind.ENCODE:
+            forget_others(encoder_cache)
+        arguments = prepared(recipe, where, member, known, life, encoder_cache)
         with contextlib.ExitStack() as around:
             ray = ray_cluster.start_command(where, member, known, ray_cluster.temp_dir())
             if not member.leader:
@@ -89,13 +93,22 @@ def main() -> int:
         return 1
 
 
-def prepared(recipe: Recipe, where: Plan, member: Member, known: dict[int, Place], life: str) -> dict[str, Any]:
+def forget_others(folder: Path) -> None:
+    """Delete what earlier launches of this name kept beside the folder: it may be another model's."""
+    for path in folder.parent.glob("*"):
+        if path != folder:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def prepared(
+    recipe: Recipe, where: Plan, member: Member, known: dict[int, Place], life: str, encoder_cache: Path
+) -> dict[str, Any]:
     """vLLM's engine arguments of the member; `life` tells this start of its engine from others.
 
     Raises:
         ConfigError: The model does not fit them, or this environment lacks a package that they need.
     """
-    arguments = engine_arguments(recipe, where, member, known)
+    arguments = engine_arguments(recipe, where, member, known, str(encoder_cache))
     transfer = arguments.get("kv_transfer_config")
     if recipe.engine.backend is Backend.VLLM:
         check_engines(recipe, read_shape(Path(recipe.model.path)))  # where it was launched the model may not be

@@ -53,6 +53,7 @@ class Ask:
     options: bytes = b"{}"
     max_tokens: int = -1
     prefill_only: bool = False
+    encode_only: bool = False
     transfer: bytes | None = None
     priority: int = 0
     adapter: str = ""

@@ -47,6 +47,9 @@ class EchoEngine:
         self.load.running += 1
         self.adapter_uses[ask.adapter] += 1
         try:
+            if ask.encode_only:
+                yield Piece(ids=(), text="", finish="length")
+                return
             if ask.prefill_only:
                 yield Piece(ids=ask.prompt[:1], text="", finish="length", transfer=self._transfer(ask))
                 return

@@ -68,7 +68,7 @@ class Rendering:
                 "media included, and leaves no room for an answer: shorten it",
                 param="messages" if ask.render.shape is Shape.CHAT else "prompt",
             )
-        features = pack(made) if ask.prefill_only else b""
+        features = pack(made) if ask.prefill_only or ask.encode_only else b""
         return replace(ask, prompt=list(ids), inputs=made, features=features)
 
     async def _render(self, ask: Ask) -> Any:

@@ -154,6 +154,8 @@ class RequestServer:
         try:
             if isinstance(request, wire.Call):
                 await self._call(key, request)
+            elif request.leg is wire.Leg.ENCODE:
+                await self._encode(key, request)
             elif request.leg is wire.Leg.PREFILL:
                 await self._prefill(key, request)
             else:
@@ -171,6 +173,14 @@ class RequestServer:
         self._step(key[0]).called.append(
             wire.Called(key[1], answered.status, answered.body, answered.content_type, answered.prompt_tokens)
         )
+
+    async def _encode(self, key: StreamKey, request: wire.Generate) -> None:
+        ask = await self._rendered(_ask(request, encode_only=True))
+        async for piece in self._engine.generate(ask):
+            if piece.finish:
+                self._step(key[0]).prefilled.append(
+                    wire.Prefilled(key[1], b"", 0.0, len(ask.prompt), 0, wire.pack(ask.prompt), ask.features)
+                )
 
     async def _prefill(self, key: StreamKey, request: wire.Generate) -> None:
         ask = await self._rendered(_ask(request, prefill_only=True))
@@ -271,7 +281,9 @@ class RequestServer:
                 task.cancel()
 
 
-def _ask(request: wire.Generate, prefill_only: bool = False, transfer: bytes | None = None) -> Ask:
+def _ask(
+    request: wire.Generate, prefill_only: bool = False, encode_only: bool = False, transfer: bytes | None = None
+) -> Ask:
     return Ask(
         request_id=request.request_id,
         prompt=wire.unpack(request.prompt),
@@ -280,6 +292,7 @@ def _ask(request: wire.Generate, prefill_only: bool = False, transfer: bytes | N
         options=request.options,
         max_tokens=request.max_tokens,
         prefill_only=prefill_only,
+        encode_only=encode_only,
         transfer=transfer,
         priority=request.priority,
         adapter=request.adapter,

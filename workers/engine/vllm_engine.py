@@ -47,6 +47,7 @@ class VllmEngine:
         self._reader = Reader.of(llm, serving) if runner == "generate" else None
         passed = config.kv_transfer_config
         paired = passed is not None and passed.kv_role in ("kv_producer", "kv_consumer")
+        paired = paired or config.ec_transfer_config is not None
         self._rendering = Rendering(llm, serving, passes_on=paired) if runner == "generate" else None
         self._pooling: Any = None
         self._peers = Peers()
@@ -83,8 +84,8 @@ class VllmEngine:
         if request.cache_salt is not None:
             prompt["cache_salt"] = request.cache_salt
         sampling = request.sampling
-        if ask.prefill_only:
-            sampling = _prefill_sampling()
+        if ask.prefill_only or ask.encode_only:
+            sampling = _thrown_away({"kv_transfer_params": dict(PREFILL)} if ask.prefill_only else {})
         elif ask.transfer is not None:
             await self._peers.check(transfer.peer(ask.transfer))
             pull = transfer.unpack(ask.transfer, len(request.prompt), self.sizes.block_size)
@@ -98,13 +99,14 @@ class VllmEngine:
                     lora_request=adapter,
                     priority=ask.priority,
                     data_parallel_rank=self._local_rank(ask.dp_rank),
-                    **({} if ask.prefill_only else request.for_engine()),
+                    **({} if ask.prefill_only or ask.encode_only else request.for_engine()),
                 )
                 async with contextlib.aclosing(stream):
                     async for output in stream:
                         if output.outputs[0].finish_reason in ("abort", "error"):
                             raise LostError(f"the engine ended the request with {output.outputs[0].finish_reason!r}")
-                        piece = _prefilled(output) if ask.prefill_only else request.read(output)
+                        early = ask.prefill_only or ask.encode_only
+                        piece = _prefilled(output) if early else request.read(output)
                         if piece is not None:
                             yield piece
                             if piece.finish is not None:
@@ -158,7 +160,7 @@ class VllmEngine:
         self._llm.shutdown(timeout=timeout_s)
 
 
-def _prefill_sampling() -> Any:
+def _thrown_away(extra: dict[str, Any]) -> Any:
     """A prefill's only token is thrown away: the decode engine samples it again, with the client's parameters."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -167,7 +169,7 @@ def _prefill_sampling() -> Any:
         temperature=0.0,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
-        extra_args={"kv_transfer_params": dict(PREFILL)},
+        extra_args=extra,
     )
 
 

@@ -329,6 +329,7 @@ class Generation:
     ) -> None:
         self._sources = made_of or [b""] * len(prompts)
         self._guess = sources.guess(fields) if any(self._sources) else 0
+        self._media = bool(self._guess) and shape is Shape.CHAT and has_media(fields["messages"])
         self.shape = shape
         self.ask: Common = ask
         self.prompts = prompts
@@ -389,6 +390,7 @@ class Generation:
                         prompt=prompt,
                         source=self._sources[number],
                         guess=self._guess,
+                        media=self._media,
                         render=render,
                         options=self._options,
                         max_tokens=ask.limit,

@@ -22,6 +22,7 @@ class Leg(StrEnum):
     """Which part of a request a worker is asked for."""
 
     WHOLE = "whole"
+    ENCODE = "encode"
     PREFILL = "prefill"
     DECODE = "decode"
 
@@ -135,7 +136,8 @@ class End(msgspec.Struct, array_like=True):
 class Prefilled(msgspec.Struct, array_like=True):
     """The answer to a prefill leg: single use, and dead after `expires_at` (seconds since the epoch, worker's clock).
 
-    `prompt` and `features` are what the worker made of the request's `source`, for the next leg.
+    `prompt` and `features` are what the worker made of the request's `source`, for the next leg. An encode leg is answered
+    so too: with these, and nothing to transfer.
     """
 
     stream: int
