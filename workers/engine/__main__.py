@@ -34,6 +34,7 @@ from workers.engine.base import Engine
 from workers.engine.checks import check_engines
 from workers.engine.follower import follow
 from workers.engine.health import OperatorGate, Pulse, Standing, Watch
+from workers.engine.kept_adapters import KeptAdapters
 from workers.engine.leaving import Stop, leave_at_once, time_for_pulls, until_pulled, until_stopped
 from workers.engine.metrics import Canaries, Labelled, WorkerFamilies
 from workers.engine.model import read_shape
@@ -45,7 +46,7 @@ from workers.runtime import wire
 from workers.runtime.etcd import Etcd
 from workers.runtime.events import LoadEvent, publish_load
 from workers.runtime.logs import set_up_logging
-from workers.runtime.registry import Card, registered
+from workers.runtime.registry import Card, Offer, registered
 
 log = logging.getLogger("workers.engine")
 
@@ -81,7 +82,8 @@ def main() -> int:
                 around.enter_context(ray_cluster.head(ray, at, recipe.engine.ready_timeout_s))
             engine = build(recipe, role, arguments)
             around.callback(engine.shutdown, timeout_s=ENGINE_STOP_S)
-            death = uvloop.run(serve(recipe, member, known[member.rank], control, engine))
+            kept = KeptAdapters(run.path / "adapters" / f"{name}.json", job.submitted_at)
+            death = uvloop.run(serve(recipe, member, known[member.rank], control, engine, kept))
             if death is None:
                 return 0
             log.error("%s: %s", name, death)
@@ -136,10 +138,13 @@ def build(recipe: Recipe, role: Role, arguments: dict[str, Any]) -> Engine:
     return vllm_engine.start(patient | arguments, serving_options(recipe, role))
 
 
-async def serve(recipe: Recipe, member: Member, place: Place, control: Control, engine: Engine) -> str | None:
+async def serve(
+    recipe: Recipe, member: Member, place: Place, control: Control, engine: Engine, kept: KeptAdapters
+) -> str | None:
     """Serve until SIGTERM, which returns None, or the engine's death, which returns why."""
     stop = Stop()
     card = card_of(recipe, member, place, engine)
+    offer = Offer(card)
     registry = CollectorRegistry()
     server = RequestServer(engine, card.instance, registry)
     context: zmq.Context[Any] = zmq.Context()
@@ -173,13 +178,15 @@ async def serve(recipe: Recipe, member: Member, place: Place, control: Control, 
             group.create_task(publish_load(control, recipe.name, load), name="load"),
             group.create_task(watch.run(recipe.engine.canary_interval_s, recipe.engine.canary_timeout_s), name="watch"),
         ]
+        # Before it is registered a restarted worker has its adapters again: those who ask for one must not miss it.
         async with (
-            registered(etcd, recipe.name, card, recipe.control.lease_ttl_s) as registration,
-            operated(control, recipe, member.name, engine, gate, registration.update),
+            operated(control, recipe, member.name, engine, gate, offer.update, kept),
+            registered(etcd, recipe.name, offer.card, recipe.control.lease_ttl_s) as offer.registration,
         ):
             report("ready")
             log.info("%s serves %s at %s", member.name, recipe.model.name, card.address)
             death = await until_stopped(engine, stop)
+            offer.registration = None  # a change that is under way must not bring the card back
             report("draining", death or "")
             standing.out(LEAVING, death or "draining")
             if death:

@@ -134,25 +134,28 @@ class App:
         self._admit(ask.model, generates=True)
         ask.check(fields)
 
-        prompt, source = b"", b""
-        text = self._text
-        if text is None or (self._tokenize_where is Tokenize.AUTO and has_media(ask.messages)):
-            source = sources.source(messages=ask.messages)
-        else:
-            prompt = await self._tokenize(
-                len(request.body),
-                lambda: text.chat(
-                    ask.messages,
-                    ask.template_variables,
-                    ask.tools,
-                    ask.continue_final_message,
-                    bool(ask.add_special_tokens),
-                ),
-            )
+        prompt, source = await self._conversation(ask, len(request.body))
         last = ask.messages[-1]
         spoken = last.get("content") if ask.echo and last.get("role") == "assistant" else None
         echo = spoken if isinstance(spoken, str) else None
         await self._generate(Generation(Shape.CHAT, ask, fields, [prompt], [echo], [source]), request, connection)
+
+    async def _conversation(self, ask: ChatRequest, size: int) -> tuple[bytes, bytes]:
+        """The packed ids of a conversation of about `size` bytes, or what a worker makes them of; the other is empty."""
+        text = self._text
+        if text is None or (self._tokenize_where is Tokenize.AUTO and has_media(ask.messages)):
+            return b"", sources.source(messages=ask.messages)
+        prompt = await self._tokenize(
+            size,
+            lambda: text.chat(
+                ask.messages,
+                ask.template_variables,
+                ask.tools,
+                ask.continue_final_message,
+                bool(ask.add_special_tokens),
+            ),
+        )
+        return prompt, b""
 
     async def _completion(self, request: Request, connection: Connection) -> None:
         ask, fields = parse(request.body, CompletionRequest)
