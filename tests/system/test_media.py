@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from PIL import Image
 
 from launch.recipe import Tiny
 from launch.tiny_model import make_tiny_model
-from tests.deployments import Deployment, deployed
+from tests.deployments import Deployment, deployed, targets
 from tests.parity import CASES as TEXTS
 from tests.parity import CHAT, Case, answer
 from tests.reference import plain_vllm
@@ -27,7 +28,10 @@ MOST_IMAGES = 3
 # In the second, workers also make the prompts that have no media.
 SHAPES = [
     pytest.param(("+recipe=tiny_vlm",), id="aggregated"),
-    pytest.param(("+recipe=tiny_vlm_encode", "engine.tokenize=worker"), id="encode, prefill and decode apart"),
+    pytest.param(
+        ("+recipe=tiny_vlm_encode", "engine.tokenize=worker", "engine.canary_interval_s=1"),
+        id="encode, prefill and decode apart",
+    ),
     pytest.param(("+recipe=tiny_vlm_disagg",), id="prefill and decode apart", marks=pytest.mark.nightly),
 ]
 
@@ -213,6 +217,19 @@ def test_media_are_encoded_where_the_recipe_says(deployment: Deployment) -> None
 def kept(name: str) -> str:
     """The file of an image that the client has named."""
     return f"{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
+
+
+def test_an_engine_that_only_encodes_answers_canaries(deployment: Deployment) -> None:
+    """It produces no token, and is watched like any other."""
+    if "encode-0" not in deployment.pids():
+        assert "encode-0" not in {item["labels"]["member"] for item in targets(deployment.run)}
+        return
+    asked = time.monotonic()
+    while not deployment.metric("encode-0", "baton_worker_canaries_total", result="answered"):
+        assert time.monotonic() - asked < 20
+        time.sleep(0.1)
+
+    assert deployment.metric("encode-0", "baton_worker_canaries_total", result="failed") == 0
 
 
 def test_the_cache_of_an_image_really_moves(deployment: Deployment) -> None:

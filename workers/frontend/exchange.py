@@ -336,9 +336,9 @@ async def _attempt(pool: Pool, question: Question, relay: Relay, avoid: set[str]
         raise
     pool.on_leg(Kind.DECODE)
 
-    passed = question.rendered(prefilled.prompt, prefilled.features)
-
     def build(stream: int) -> wire.Generate:
+        passed = question.rendered(prefilled.prompt, prefilled.features)
+        prefilled.features = b""  # megabytes, which nobody needs while the answer streams
         return _generate(stream, passed, relay, wire.Leg.DECODE, target.rank, prefilled)
 
     # From here on the transfer belongs to the decode worker, which uses it or releases it.
