@@ -41,6 +41,8 @@ class RoleConf:
 
 @dataclass
 class RolesConf:
+    encode: RoleConf = field(default_factory=RoleConf)
+    """Engines that only run the vision (or audio) encoder of a multimodal model, for those that compute the prompts."""
     prefill: RoleConf = field(default_factory=RoleConf)
     """Engines that compute prompts and hand their KV cache on."""
     decode: RoleConf = field(default_factory=RoleConf)
@@ -55,7 +57,7 @@ class RolesConf:
 class ModelConf:
     path: str = MISSING
     """Folder of the weights and tokenizer, the same path on every node. A model that the project makes itself is written
-    tiny:<folder>; it is created there when it is missing."""
+    tiny:<folder>, or tiny-vision:<folder> for one that sees images; it is created there when it is missing."""
     name: str | None = None
     """Name that clients send as "model"; by default the last part of the path."""
 
@@ -75,6 +77,11 @@ class EngineConf:
     """Seconds that an engine may take from its start until it serves; then the deployment fails and says why."""
     lora_dirs: list[str] = field(default_factory=list)
     """Folders that LoRA adapters may be loaded from, the same on every node; from anywhere else none is loaded."""
+    tokenize: str = "auto"
+    """Who makes a prompt of what a client writes: frontend; worker, with vLLM's own renderer; or auto, the frontend except
+    for images, audio and video, and for models whose prompt only vLLM can make (Mistral's tokenizer, gpt-oss)."""
+    encoder_cache_gb: float = 8.0
+    """Gigabytes that encode engines keep of what they made, in the run directory; above that what was used longest ago goes."""
     drain_s: float = 30.0
     """Seconds that running requests may take to finish once a stop was asked for."""
     canary_interval_s: float = 10.0

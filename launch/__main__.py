@@ -202,7 +202,7 @@ def _check_model(asked: Launch) -> None:
     if model.tiny:
         from launch.tiny_model import make_tiny_model
 
-        make_tiny_model(Path(model.path))
+        make_tiny_model(Path(model.path), kind=model.tiny)
     elif not (Path(model.path) / "config.json").is_file():
         raise ConfigError(
             f"model.path={model.path} is not a folder with a config.json: download the model there, "

@@ -35,6 +35,8 @@ from launch.recipe import (
     Recipe,
     Role,
     RouterMode,
+    Tiny,
+    Tokenize,
     Wait,
 )
 from workers.engine.checks import check_engines
@@ -42,7 +44,7 @@ from workers.engine.model import read_shape
 
 E = TypeVar("E", bound=StrEnum)
 GROUPS = ("recipe", "cluster")
-TINY = "tiny:"
+TINY = {"tiny:": Tiny.TEXT, "tiny-vision:": Tiny.VISION}
 FREE_FORM = re.compile(r"\.(args|env|sbatch)\.")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
@@ -99,10 +101,11 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
     if not NAME.fullmatch(written.name):
         raise ConfigError(f"name={written.name!r} cannot name a folder: use letters, digits, '_', '-' and '.'")
     _refuse_missing(written)
-    path = Path(written.model.path.removeprefix(TINY)).expanduser().absolute()
+    prefix = next((prefix for prefix in TINY if written.model.path.startswith(prefix)), "")
+    path = Path(written.model.path.removeprefix(prefix)).expanduser().absolute()
     recipe = Recipe(
         name=written.name,
-        model=Model(path=str(path), name=written.model.name or path.name, tiny=written.model.path.startswith(TINY)),
+        model=Model(path=str(path), name=written.model.name or path.name, tiny=TINY.get(prefix)),
         roles=tuple(
             Role(kind=kind, **_fields(role, executor=word(Executor, f"roles.{kind}.executor", role.executor)))
             for kind in Kind
@@ -114,6 +117,7 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
                 backend=word(Backend, "engine.backend", written.engine.backend),
                 lora_dirs=tuple(written.engine.lora_dirs),
                 connector=_connector(written.engine.connector),
+                tokenize=word(Tokenize, "engine.tokenize", written.engine.tokenize),
                 kv_load_failure=word(LoadFailure, "engine.kv_load_failure", written.engine.kv_load_failure),
             )
         ),

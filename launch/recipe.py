@@ -25,6 +25,7 @@ NIXL_BACKENDS = ("UCX", "LIBFABRIC")
 class Kind(StrEnum):
     """What an engine is for."""
 
+    ENCODE = "encode"
     PREFILL = "prefill"
     DECODE = "decode"
     AGGREGATED = "aggregated"
@@ -59,6 +60,21 @@ class Executor(StrEnum):
 
     MP = "mp"
     RAY = "ray"
+
+
+class Tokenize(StrEnum):
+    """Who makes a prompt of messages: the frontend where it surely can and else a worker, always the one, or the other."""
+
+    AUTO = "auto"
+    FRONTEND = "frontend"
+    WORKER = "worker"
+
+
+class Tiny(StrEnum):
+    """The models that the project makes itself: one that reads text, and one that also sees images."""
+
+    TEXT = "text"
+    VISION = "vision"
 
 
 class LoadFailure(StrEnum):
@@ -124,11 +140,11 @@ class Role:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """The weights and the name that clients use. `tiny` models are made by the project itself (`launch.tiny_model`)."""
+    """The weights and the name that clients use. `tiny` ones are made by the project itself (`launch.tiny_model`)."""
 
     path: str
     name: str
-    tiny: bool = False
+    tiny: Tiny | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +165,8 @@ class Engine:
     kv_lease_s: int = 30
     kv_events: bool | None = None
     lora_dirs: tuple[str, ...] = ()
+    tokenize: Tokenize = Tokenize.AUTO
+    encoder_cache_gb: float = 8.0
 
     def __post_init__(self) -> None:
         relative = [folder for folder in self.lora_dirs if not folder.startswith("/")]
@@ -166,6 +184,8 @@ class Engine:
                 f"engine.canary_interval_s is at least 0 (0 sends no canaries) and engine.canary_timeout_s above 0, "
                 f"got {self.canary_interval_s} and {self.canary_timeout_s}"
             )
+        if self.encoder_cache_gb < 0:
+            raise ConfigError(f"engine.encoder_cache_gb is at least 0, got {self.encoder_cache_gb}")
         if self.kv_lease_s < 6:
             raise ConfigError(
                 f"engine.kv_lease_s is at least 6 (a decode engine renews it every sixth of it, and what is left of less "
@@ -305,14 +325,19 @@ class Recipe:
             raise ConfigError("the recipe has decode engines but none that prefill: add roles.prefill.replicas=1")
         if self.disaggregated:
             self._refuse_unequal()
-        if kinds & {Kind.AGGREGATED, Kind.EMBEDDING} and len(kinds) > 1:
-            raise ConfigError("aggregated and embedding engines mix with no other role in one deployment: launch two")
+        if Kind.ENCODE in kinds and not kinds & {Kind.PREFILL, Kind.AGGREGATED}:
+            raise ConfigError(
+                "the recipe has encode engines but none that answer: add roles.aggregated, or roles.prefill and roles.decode"
+            )
+        if kinds & {Kind.AGGREGATED, Kind.EMBEDDING} and len(kinds - {Kind.ENCODE}) > 1:
+            raise ConfigError(
+                "aggregated and embedding engines mix with no other role but encode in one deployment: launch two"
+            )
 
     def _refuse_unequal(self) -> None:
-        found = {name: {str(role.kind): self._value(role, name) for role in self.roles} for name in EQUAL}
-        found[HASH_SEED] = {
-            str(role.kind): role.env.get(HASH_SEED, self.engine.env.get(HASH_SEED)) for role in self.roles
-        }
+        pair = [role for role in self.roles if role.kind is not Kind.ENCODE]
+        found = {name: {str(role.kind): self._value(role, name) for role in pair} for name in EQUAL}
+        found[HASH_SEED] = {str(role.kind): role.env.get(HASH_SEED, self.engine.env.get(HASH_SEED)) for role in pair}
         for name, values in found.items():
             if len(set(map(str, values.values()))) > 1:
                 where = f"engine.env.{name}" if name == HASH_SEED else f"engine.args.{name}"
@@ -333,3 +358,8 @@ class Recipe:
     def disaggregated(self) -> bool:
         """Whether prompts are computed by one engine and continued by another."""
         return any(role.kind is Kind.PREFILL for role in self.roles)
+
+    @property
+    def encodes_apart(self) -> bool:
+        """Whether images are encoded by engines that do nothing else."""
+        return any(role.kind is Kind.ENCODE for role in self.roles)

@@ -1,4 +1,4 @@
-"""A tiny Llama-shaped model folder for tests, made in about a second without the network.
+"""A tiny Llama-shaped model folder for tests, made in about a second without the network; on request one that sees.
 
 The weights are random but scaled so that greedy text is varied, depends on the whole prompt and has clear
 winners at each step. The tokenizer is a byte-level BPE, so every UTF-8 text survives encode and decode.
@@ -19,10 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.recipe import Tiny
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from tokenizers import Tokenizer
+
+    from launch.tiny_vision import Vision
 
     Array = npt.NDArray[np.float32]
 
@@ -42,6 +46,7 @@ SPECIALS = (PAD, BEGIN, END, "<|system|>", "<|user|>", "<|assistant|>", "<|tool|
 MARKS = ("<think>", "</think>")
 
 STAMP = "tiny_model.stamp.json"
+VISION_SEED = 1 << 32
 
 # Found by trial, so that greedy text is varied, never loops, and follows each token of the prompt.
 # Per head: how uneven its attention is. The first two heads pick tokens anywhere in the prompt; the last two
@@ -125,21 +130,23 @@ write yield zoom"""
 ENDINGS = ("", "s", "ed", "ing", "er", "able", "ment", "ful")
 
 
-def make_tiny_model(folder: Path, *, seed: int = 0) -> Path:
-    """Make `folder` hold the tiny model of this seed, and return it.
+def make_tiny_model(folder: Path, *, kind: Tiny = Tiny.TEXT, seed: int = 0) -> Path:
+    """Make `folder` hold the tiny model of this kind and seed, and return it.
 
-    The same module and seed give the same bytes on each run. Nothing is written when the folder already holds
+    The kind that sees images is the one that does not, with a vision tower beside it (`launch.tiny_vision`).
+
+    The same modules, kind and seed give the same bytes on each run. Nothing is written when the folder already holds
     exactly this model. The folder appears whole or not at all, whoever else calls this at the same time.
     A folder with other people's files in it is refused with FileExistsError and left alone.
     """
     folder = Path(os.path.abspath(folder))
-    if _holds(folder, seed):
+    if _holds(folder, kind, seed):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _lock(folder):
-        if not _holds(folder, seed):
+        if not _holds(folder, kind, seed):
             _refuse_foreign(folder)
-            _replace(folder, seed)
+            _replace(folder, kind, seed)
     return folder
 
 
@@ -147,25 +154,27 @@ def main() -> None:
     """Command line: make the model in the folder named there and print the folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--kind", type=Tiny, default=Tiny.TEXT, choices=list(Tiny))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    print(make_tiny_model(arguments.folder, seed=arguments.seed))
+    print(make_tiny_model(arguments.folder, kind=arguments.kind, seed=arguments.seed))
 
 
 # --- the folder ---
 
 
-def _recipe(seed: int) -> dict[str, Any]:
-    """What makes two models equal: this source and the seed."""
-    return {"source": _digest(Path(__file__)), "seed": seed}
+def _recipe(kind: Tiny, seed: int) -> dict[str, Any]:
+    """What makes two models equal: the sources, the kind and the seed."""
+    sources = [Path(__file__)] + ([Path(__file__).with_name("tiny_vision.py")] if kind is Tiny.VISION else [])
+    return {"sources": [_digest(path) for path in sources], "kind": str(kind), "seed": seed}
 
 
-def _holds(folder: Path, seed: int) -> bool:
-    """Whether the folder holds exactly the model of this seed, each file's bytes included."""
+def _holds(folder: Path, kind: Tiny, seed: int) -> bool:
+    """Whether the folder holds exactly the model of this kind and seed, each file's bytes included."""
     try:
         stamp = json.loads((folder / STAMP).read_text())
         recipe, files = stamp["recipe"], stamp["files"]
-        return recipe == _recipe(seed) and all(_digest(folder / name) == files[name] for name in files)
+        return recipe == _recipe(kind, seed) and all(_digest(folder / name) == files[name] for name in files)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -192,7 +201,7 @@ def _refuse_foreign(folder: Path) -> None:
         raise FileExistsError(f"{folder} holds files that are not a tiny model")
 
 
-def _replace(folder: Path, seed: int) -> None:
+def _replace(folder: Path, kind: Tiny, seed: int) -> None:
     """Write the model aside, then put it in the folder's place. Needs the lock."""
     prefix = f".{folder.name}.aside-"
     for path in folder.parent.iterdir():
@@ -202,7 +211,7 @@ def _replace(folder: Path, seed: int) -> None:
     try:
         new = aside / "new"
         new.mkdir()
-        _write(new, seed)
+        _write(new, kind, seed)
         if folder.exists():
             folder.rename(aside / "old")
         new.rename(folder)
@@ -210,20 +219,34 @@ def _replace(folder: Path, seed: int) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write(folder: Path, seed: int) -> None:
+def _write(folder: Path, kind: Tiny, seed: int) -> None:
     """Write each file of the model, the stamp last."""
     from safetensors.numpy import save
 
     tokenizer = _tokenizer()
-    weights = _weights(seed, _speakable(tokenizer))
+    weights, config, tokenizer_config = _weights(seed, _speakable(tokenizer)), _config(), _tokenizer_config()
+    if kind is Tiny.VISION:
+        vision = _vision(seed)
+        tokenizer.add_tokens(vision.added_tokens())
+        weights, config = vision.weights(weights), vision.config(config)
+        tokenizer_config |= vision.tokenizer_config
+        for name, content in vision.processor_files().items():
+            _write_json(folder / name, content)
     # Not save_file: it makes a file that only its owner may read.
     (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(folder / "config.json", _config())
+    _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", _generation_config())
-    _write_json(folder / "tokenizer_config.json", _tokenizer_config())
+    _write_json(folder / "tokenizer_config.json", tokenizer_config)
     files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
-    _write_json(folder / STAMP, {"recipe": _recipe(seed), "files": files})
+    _write_json(folder / STAMP, {"recipe": _recipe(kind, seed), "files": files})
+
+
+def _vision(seed: int) -> Vision:
+    """The tower that sees, with a stream of numbers of its own: the language model is the same with it and without."""
+    from launch.tiny_vision import Vision
+
+    return Vision(_Noise(seed + VISION_SEED).matrix, text_vocab=VOCAB, text_hidden=HIDDEN)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

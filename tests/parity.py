@@ -46,7 +46,7 @@ class Case:
     status: int = 200
 
 
-def chat(content: str = "Tell me of the sea", **more: Any) -> Case:
+def chat(content: Any = "Tell me of the sea", **more: Any) -> Case:
     """A greedy chat of 24 tokens."""
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
     return _case(CHAT, {"messages": messages}, more)

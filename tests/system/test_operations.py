@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -312,3 +316,36 @@ def test_engines_that_pass_their_cache_on_pause_and_do_not_sleep(
         after = running.client.chat.completions.create(**greedy)  # type: ignore[call-overload]
 
     assert after.choices == before.choices
+
+
+def test_a_restarted_worker_has_its_adapters_again(deployment: Deployment, admin: httpx.Client, lora_dir: Path) -> None:
+    """Those that it had, from the moment that it serves; one that is gone from the disk is left out."""
+    (lora_dir / "fleeting").mkdir()
+    for path in (lora_dir / "a").iterdir():
+        shutil.copy(path, lora_dir / "fleeting")
+
+    def do(operation: str, **given: str) -> None:
+        admin.post(f"/admin/{operation}", json={"members": WORKERS[:1], **given}).raise_for_status()
+
+    for name in ("b", "a"):
+        do("load_lora", name=name, path=str(lora_dir / name))
+    do("unload_lora", name="b")
+    do("load_lora", name="fleeting", path=str(lora_dir / "fleeting"))
+    shutil.rmtree(lora_dir / "fleeting")
+    before = deployment.pids()[WORKERS[0]]
+    os.kill(before, signal.SIGKILL)
+
+    def adapters() -> list[str] | None:
+        for worker in admin.get("/admin/members").json()["members"]:
+            if worker["member"] == WORKERS[0] and deployment.pids()[WORKERS[0]] != before:
+                found: list[str] | None = (worker.get("result") or {}).get("adapters")  # none while it starts
+                return found
+        return None
+
+    asked = time.monotonic()
+    while (found := adapters()) is None:
+        assert time.monotonic() - asked < 30
+        time.sleep(0.05)
+
+    assert found == ["a"]
+    assert deployment.client.completions.create(model="a", prompt="x", max_tokens=2).choices

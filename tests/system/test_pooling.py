@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def deployment(
 ) -> Iterator[Deployment]:
     """After the plain server has ended."""
     folder = tmp_path_factory.mktemp("pooling")
-    with deployed(folder, "+recipe=tiny_embedding", f"model.path=tiny:{tiny_model}", name="pooling") as running:
+    shape = ("+recipe=tiny_embedding", "engine.canary_interval_s=0.5", f"model.path=tiny:{tiny_model}")
+    with deployed(folder, *shape, name="pooling") as running:
         yield running
 
 
@@ -93,3 +95,13 @@ def test_a_model_that_embeds_does_not_chat(deployment: Deployment) -> None:
     assert refused.status_code == 400
     assert "computes embeddings and scores" in refused.json()["error"]["message"]
     assert deployment.client.embeddings.create(model="tiny", input="still there").data
+
+
+def test_a_pooling_engine_is_watched_like_any_other(deployment: Deployment) -> None:
+    """Its worker sends it a token to compute while nothing else does, and it answers."""
+    asked = time.monotonic()
+    while not deployment.metric("embedding-0", "baton_worker_canaries_total", result="answered"):
+        assert time.monotonic() - asked < 20
+        time.sleep(0.1)
+
+    assert deployment.metric("embedding-0", "baton_worker_canaries_total", result="failed") == 0

@@ -299,3 +299,34 @@ def test_a_missing_ray_is_named_with_its_install_line() -> None:
     """The environment of the tests has none, as most have not."""
     with pytest.raises(ConfigError, match=r"pip install 'ray"):
         ray_cluster.require_ray()
+
+
+def test_encode_engines_hand_on_what_they_made_to_those_that_compute_prompts() -> None:
+    """Through one folder; they keep no KV cache to move, and decode engines take no part."""
+    encode, prefill, decode = (arguments("tiny_vlm_encode", f"{name}-0") for name in ("encode", "prefill", "decode"))
+
+    assert encode["ec_transfer_config"]["ec_role"] == "ec_producer"
+    assert prefill["ec_transfer_config"] == encode["ec_transfer_config"] | {"ec_role": "ec_consumer"}
+    assert "ec_transfer_config" not in decode
+    assert "kv_transfer_config" not in encode
+    assert arguments("tiny_vlm", "aggregated-0").get("ec_transfer_config") is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        pytest.param(["roles.encode.data_parallel=2"], "use roles.encode.replicas", id="data parallel"),
+        pytest.param(["roles.encode.replicas=1", "roles.aggregated.replicas=0"], "none that answer", id="alone"),
+        pytest.param(["engine.args.ec_transfer_config={}"], "use roles.encode", id="by vLLM's own option"),
+        pytest.param(["engine.encoder_cache_gb=-1"], "at least 0", id="no room"),
+    ],
+)
+def test_encode_engines_that_cannot_be_are_refused(overrides: list[str], message: str) -> None:
+    """With the way out."""
+    with pytest.raises(LaunchError, match=message):
+        planned("tiny_vlm", "roles.encode.replicas=1", *overrides)
+
+
+def test_engines_follow_no_redirection_to_media() -> None:
+    """An allowed host must not send them to one that is not."""
+    assert environment("tiny_vlm", "aggregated-0")["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import secrets
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from prometheus_client import CollectorRegistry
 
 from launch.errors import LaunchError
 from launch.plan import Member, Plan, dp_ranks, plan
-from launch.recipe import Backend, Executor, Recipe, Role
+from launch.recipe import Backend, Executor, Kind, Recipe, Role
 from launch.records import Control, RunDirectory
 from slurm.children import report
 from slurm.places import Place, places
@@ -33,6 +34,7 @@ from workers.engine.base import Engine
 from workers.engine.checks import check_engines
 from workers.engine.follower import follow
 from workers.engine.health import OperatorGate, Pulse, Standing, Watch
+from workers.engine.kept_adapters import KeptAdapters
 from workers.engine.leaving import Stop, leave_at_once, time_for_pulls, until_pulled, until_stopped
 from workers.engine.metrics import Canaries, Labelled, WorkerFamilies
 from workers.engine.model import read_shape
@@ -44,7 +46,7 @@ from workers.runtime import wire
 from workers.runtime.etcd import Etcd
 from workers.runtime.events import LoadEvent, publish_load
 from workers.runtime.logs import set_up_logging
-from workers.runtime.registry import Card, registered
+from workers.runtime.registry import Card, Offer, registered
 
 log = logging.getLogger("workers.engine")
 
@@ -67,7 +69,10 @@ def main() -> int:
     role = role_of(recipe, member)
     life = f"{job.submitted_at}/{os.environ.get(GENERATION, '')}"
     try:
-        arguments = prepared(recipe, where, member, known, life)
+        encoder_cache = run.path / "encoder_cache" / f"{job.submitted_at:.6f}"
+        if member.kind is Kind.ENCODE:
+            forget_others(encoder_cache)
+        arguments = prepared(recipe, where, member, known, life, encoder_cache)
         with contextlib.ExitStack() as around:
             ray = ray_cluster.start_command(where, member, known, ray_cluster.temp_dir())
             if not member.leader:
@@ -77,7 +82,8 @@ def main() -> int:
                 around.enter_context(ray_cluster.head(ray, at, recipe.engine.ready_timeout_s))
             engine = build(recipe, role, arguments)
             around.callback(engine.shutdown, timeout_s=ENGINE_STOP_S)
-            death = uvloop.run(serve(recipe, member, known[member.rank], control, engine))
+            kept = KeptAdapters(run.path / "adapters" / f"{name}.json", job.submitted_at)
+            death = uvloop.run(serve(recipe, member, known[member.rank], control, engine, kept))
             if death is None:
                 return 0
             log.error("%s: %s", name, death)
@@ -89,13 +95,22 @@ def main() -> int:
         return 1
 
 
-def prepared(recipe: Recipe, where: Plan, member: Member, known: dict[int, Place], life: str) -> dict[str, Any]:
+def forget_others(folder: Path) -> None:
+    """Delete what earlier launches of this name kept beside the folder: it may be another model's."""
+    for path in folder.parent.glob("*"):
+        if path != folder:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def prepared(
+    recipe: Recipe, where: Plan, member: Member, known: dict[int, Place], life: str, encoder_cache: Path
+) -> dict[str, Any]:
     """vLLM's engine arguments of the member; `life` tells this start of its engine from others.
 
     Raises:
         ConfigError: The model does not fit them, or this environment lacks a package that they need.
     """
-    arguments = engine_arguments(recipe, where, member, known)
+    arguments = engine_arguments(recipe, where, member, known, str(encoder_cache))
     transfer = arguments.get("kv_transfer_config")
     if recipe.engine.backend is Backend.VLLM:
         check_engines(recipe, read_shape(Path(recipe.model.path)))  # where it was launched the model may not be
@@ -123,10 +138,13 @@ def build(recipe: Recipe, role: Role, arguments: dict[str, Any]) -> Engine:
     return vllm_engine.start(patient | arguments, serving_options(recipe, role))
 
 
-async def serve(recipe: Recipe, member: Member, place: Place, control: Control, engine: Engine) -> str | None:
+async def serve(
+    recipe: Recipe, member: Member, place: Place, control: Control, engine: Engine, kept: KeptAdapters
+) -> str | None:
     """Serve until SIGTERM, which returns None, or the engine's death, which returns why."""
     stop = Stop()
     card = card_of(recipe, member, place, engine)
+    offer = Offer(card)
     registry = CollectorRegistry()
     server = RequestServer(engine, card.instance, registry)
     context: zmq.Context[Any] = zmq.Context()
@@ -160,13 +178,15 @@ async def serve(recipe: Recipe, member: Member, place: Place, control: Control, 
             group.create_task(publish_load(control, recipe.name, load), name="load"),
             group.create_task(watch.run(recipe.engine.canary_interval_s, recipe.engine.canary_timeout_s), name="watch"),
         ]
+        # Before it is registered a restarted worker has its adapters again: those who ask for one must not miss it.
         async with (
-            registered(etcd, recipe.name, card, recipe.control.lease_ttl_s) as registration,
-            operated(control, recipe, member.name, engine, gate, registration.update),
+            operated(control, recipe, member.name, engine, gate, offer.update, kept),
+            registered(etcd, recipe.name, offer.card, recipe.control.lease_ttl_s) as offer.registration,
         ):
             report("ready")
             log.info("%s serves %s at %s", member.name, recipe.model.name, card.address)
             death = await until_stopped(engine, stop)
+            offer.registration = None  # a change that is under way must not bring the card back
             report("draining", death or "")
             standing.out(LEAVING, death or "draining")
             if death:

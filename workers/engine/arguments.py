@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from launch.plan import Member, Plan, dp_ranks
 from launch.recipe import EQUAL, Executor, Kind, Recipe, Role
-from workers.engine.connectors import kv_transfer_config
+from workers.engine.connectors import ec_transfer_config, kv_transfer_config
 from workers.engine.options import merged, split
 
 # Seconds that a prefill engine keeps the blocks of a prompt for its decode; vLLM's own default (0.32).
@@ -34,7 +34,13 @@ def role_of(recipe: Recipe, member: Member) -> Role:
     return next(role for role in recipe.roles if role.kind is member.kind)
 
 
-def engine_arguments(recipe: Recipe, plan: Plan, member: Member, places: Mapping[int, Place]) -> dict[str, Any]:
+def engine_arguments(
+    recipe: Recipe,
+    plan: Plan,
+    member: Member,
+    places: Mapping[int, Place],
+    encoder_cache: str = "<run directory>/encoder_cache",
+) -> dict[str, Any]:
     """vLLM's engine arguments for one member, by vLLM 0.32's names; what the recipe says wins.
 
     Prefill and decode get the same model string and block size: vLLM compares the first in the handshake and silently
@@ -58,7 +64,10 @@ def engine_arguments(recipe: Recipe, plan: Plan, member: Member, places: Mapping
     transfer = kv_transfer_config(recipe, member.kind)
     if transfer:
         arguments["kv_transfer_config"] = transfer
-    if recipe.engine.kv_events and member.kind is not Kind.EMBEDDING:
+    encoded = ec_transfer_config(recipe, member.kind, encoder_cache)
+    if encoded:
+        arguments["ec_transfer_config"] = encoded
+    if recipe.engine.kv_events and member.kind not in (Kind.EMBEDDING, Kind.ENCODE):
         arguments["kv_events_config"] = _kv_events(member, places[member.rank])
     return arguments | split(merged(recipe, role))[0]
 
@@ -123,6 +132,7 @@ def engine_environment(
     env = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",  # an allowed host must not send us to another
         "PYTHONHASHSEED": "0",  # block hashes must agree between engines
         "VLLM_HOST_IP": place.address,
         "VLLM_NIXL_SIDE_CHANNEL_HOST": place.address,  # vLLM's default is localhost, which no other node can reach

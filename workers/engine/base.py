@@ -44,7 +44,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """One leg of a request in the engine's terms. `wire.Generate` says what the fields mean."""
+    """One leg of a request in the engine's terms. `wire.Generate` says what the fields mean.
+
+    `inputs` is the prompt as the engine takes it, where that is more than its ids: with media. `Engine.rendered` makes it.
+    """
 
     request_id: str
     prompt: list[int]
@@ -53,12 +56,16 @@ class Ask:
     options: bytes = b"{}"
     max_tokens: int = -1
     prefill_only: bool = False
+    encode_only: bool = False
     transfer: bytes | None = None
     priority: int = 0
     adapter: str = ""
     dp_rank: int = -1
     choice: int = 0
     trace: Mapping[str, str] | None = None
+    source: bytes = b""
+    features: bytes = b""
+    inputs: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +132,12 @@ class Engine(Protocol):
     adapter_uses: Counter[str]
     """Requests that run on each adapter now."""
 
+    async def rendered(self, ask: Ask) -> Ask:
+        """The same leg with the prompt that its `source` stands for; with `features` where another leg is to follow."""
+        ...
+
     def generate(self, ask: Ask) -> AsyncIterator[Piece]:
-        """Serve one leg; the last piece has `finish` set."""
+        """Serve one leg, rendered where it was to be; the last piece has `finish` set."""
         ...
 
     async def call(self, request_id: str, route: str, body: bytes) -> Response:

@@ -25,12 +25,24 @@ def check_engines(recipe: Recipe, shape: Shape | None) -> None:
     if recipe.engine.backend is not Backend.VLLM:
         return
     for role in recipe.roles:
+        if role.kind is Kind.ENCODE:
+            _check_encode(role)
         if recipe.engine.device == "cpu":
             _check_cpu(role, shape)
         if shape:
             _check_model(recipe, role, shape)
     if recipe.disaggregated:
         _check_pair(recipe, shape)
+
+
+def _check_encode(role: Role) -> None:
+    """What an engine that only encodes cannot be (vLLM 0.32)."""
+    where = f"roles.{role.kind}"
+    if role.data_parallel > 1 or role.pipeline_parallel > 1:
+        raise ConfigError(
+            f"{where}: an engine that only encodes has one data-parallel rank and one stage: use {where}.replicas, or "
+            f"{where}.tensor_parallel"
+        )
 
 
 def _check_cpu(role: Role, shape: Shape | None) -> None:

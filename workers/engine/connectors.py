@@ -56,7 +56,7 @@ def kv_transfer_config(recipe: Recipe, kind: Kind) -> dict[str, Any] | None:
     A carrier alone (`nixl`, the default) has nothing to do in an aggregated engine and is left out there.
     """
     children = [child for entry in recipe.engine.connector if (child := _child(recipe, kind, entry))]
-    if kind is Kind.EMBEDDING or not children:
+    if kind in (Kind.EMBEDDING, Kind.ENCODE) or not children:
         return None
     policy = {"kv_load_failure_policy": str(recipe.engine.kv_load_failure)}
     if len(children) == 1:
@@ -66,6 +66,25 @@ def kv_transfer_config(recipe: Recipe, kind: Kind) -> dict[str, Any] | None:
         "kv_role": ROLE_OF.get(kind, "kv_both"),
         **policy,
         "kv_connector_extra_config": {"connectors": children},
+    }
+
+
+def ec_transfer_config(recipe: Recipe, kind: Kind, folder: str) -> dict[str, Any] | None:
+    """vLLM's `ec_transfer_config` for the engines of a role: what encode engines made, through files in the folder.
+
+    Decode engines take no part: an image is in the KV cache that they pull, and they encode it themselves if need be.
+    """
+    ec_role = {Kind.ENCODE: "ec_producer", Kind.PREFILL: "ec_consumer", Kind.AGGREGATED: "ec_consumer"}.get(kind)
+    if not recipe.encodes_apart or ec_role is None:
+        return None
+    return {
+        "ec_connector": "FileEncoderCache",
+        "ec_connector_module_path": "workers.engine.encoder_cache",
+        "ec_role": ec_role,
+        "ec_connector_extra_config": {
+            "shared_storage_path": folder,
+            "max_bytes": int(recipe.engine.encoder_cache_gb * 1e9),
+        },
     }
 
 

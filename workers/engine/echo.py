@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from workers.engine import transfer
@@ -33,6 +34,10 @@ class EchoEngine:
         self.operable: Operable = EchoOperations(self.adapters)
         self.sizes = Sizes(max_model_len=MAX_MODEL_LEN, block_size=BLOCK_SIZE, lease_s=KV_LEASE_S, version="echo")
 
+    async def rendered(self, ask: Ask) -> Ask:
+        """The source itself, tokenized; see `base.Engine`."""
+        return replace(ask, prompt=self._tokenizer.encode(ask.source.decode()).ids) if ask.source else ask
+
     async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
         """Serve one leg; see `base.Engine`."""
         if not ask.prompt:
@@ -42,6 +47,9 @@ class EchoEngine:
         self.load.running += 1
         self.adapter_uses[ask.adapter] += 1
         try:
+            if ask.encode_only:
+                yield Piece(ids=(), text="", finish="length")
+                return
             if ask.prefill_only:
                 yield Piece(ids=ask.prompt[:1], text="", finish="length", transfer=self._transfer(ask))
                 return

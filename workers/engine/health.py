@@ -33,6 +33,7 @@ BUSY_SHARE = 0.5
 CANARY = "canary"
 # Shorter than any block, so that it neither fills nor hits the prefix cache and makes no KV event; id 0 is in any vocabulary.
 PROMPT = [0]
+POOLING, POOLING_BODY = "pooling", b'{"input":[[0]]}'
 
 
 class Standing:
@@ -267,14 +268,14 @@ class Watch:
 
 
 async def ask_one_token(engine: Engine, request_id: str, rank: int) -> None:
-    """Have a rank of the engine produce one token.
+    """Have a rank of the engine produce one token; of a pooling model's engine, have any rank compute one.
 
     Without transfer parameters also where prompts are computed for other engines: vLLM then frees the blocks at once,
     while those of a prefill leg stay until they are pulled.
 
     Raises:
         LostError: It could not.
-        RefusedError: It will not, as an engine of a pooling model.
+        RefusedError: It will not, as a pooling model that answers nothing as simple as that.
     """
     ask = Ask(
         request_id=request_id,
@@ -284,6 +285,11 @@ async def ask_one_token(engine: Engine, request_id: str, rank: int) -> None:
         max_tokens=1,
         dp_rank=rank,
     )
+    if "generate" not in engine.sizes.tasks:
+        answered = await engine.call(request_id, POOLING, POOLING_BODY)
+        if answered.status >= 500:
+            raise LostError(f"a canary was answered with {answered.status}")
+        return
     async for _ in engine.generate(ask):
         pass
 

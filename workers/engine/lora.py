@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from workers.engine import adapter_files
 from workers.engine.base import Adapter, Operable, RefusedError
 from workers.runtime.commands import LoadLora, Operation, OperationError, UnloadLora
 
+log = logging.getLogger(__name__)
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 POLL_S = 0.02
 # A frontend that has not yet heard that an adapter leaves may still send requests for it.
@@ -27,6 +30,7 @@ QUIET_S = 0.3
 
 Turn = Callable[[Operation], Any]
 Publish = Callable[[tuple[str, ...]], Awaitable[None]]
+Keep = Callable[[Mapping[str, str]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,8 @@ class Adapters:
     """What is loaded, and how it changes.
 
     `turn(operation)` is an async context manager that waits for this worker's other operations and refuses what its state
-    forbids; `publish(names)` makes the names known to the frontends, and raises if it cannot.
+    forbids; `publish(names)` makes the names known to the frontends, and raises if it cannot. `keep(folders)` is told after
+    each change, by name, what there is.
     """
 
     def __init__(
@@ -53,7 +58,9 @@ class Adapters:
         turn: Turn,
         publish: Publish,
         drain_s: float,
+        keep: Keep = lambda folders: None,
     ) -> None:
+        self._keep = keep
         self._operable = operable
         self._uses = uses
         self._folders = folders
@@ -79,6 +86,19 @@ class Adapters:
         for name in names:
             self._loaded.pop(name, None)
             await self._show(name, shown=False)
+        await self._keep_all()
+
+    async def restore(self, folders: Mapping[str, str]) -> None:
+        """Load what a worker in this place had before; what cannot be loaded any more is left out, and the log says why."""
+        for name, folder in folders.items():
+            try:
+                if self._operable.limits is None:
+                    raise OperationError(501, "this engine takes no adapters")
+                await self.load(LoadLora(name=name, path=folder))
+            except OperationError as error:
+                log.error("the adapter %r could not be loaded again: %s", name, error)
+            else:
+                log.info("the adapter %r is loaded again", name)
 
     async def load(self, asked: LoadLora) -> dict[str, Any]:
         """Load an adapter, or find that it is loaded.
@@ -113,6 +133,7 @@ class Adapters:
                     raise OperationError(400, f"the engine refused {asked.name!r}: {error}") from error
                 await self._show(asked.name)
                 self._loaded[asked.name] = Loaded(adapter, folder, checked.rank)
+            await self._keep_all()
         return {"loaded": True, "rank": checked.rank}
 
     async def unload(self, asked: UnloadLora) -> dict[str, Any]:
@@ -137,7 +158,11 @@ class Adapters:
             async with self._turn(Operation.UNLOAD_LORA):
                 await self._operable.remove_adapter(asked.name)
                 del self._loaded[asked.name]
+            await self._keep_all()
         return {}
+
+    async def _keep_all(self) -> None:
+        await asyncio.to_thread(self._keep, {name: str(item.folder) for name, item in self._loaded.items()})
 
     async def _show(self, name: str, shown: bool = True) -> None:
         """Put a name on the card, or take it off."""

@@ -17,7 +17,8 @@ from typing import Any, Protocol, TypeVar
 from launch.recipe import Recipe
 from launch.records import Control
 from workers.engine.base import Engine
-from workers.engine.lora import Adapters
+from workers.engine.kept_adapters import KeptAdapters
+from workers.engine.lora import Adapters, Keep
 from workers.runtime import commands
 from workers.runtime.commands import Operation, OperationError
 from workers.runtime.etcd import EtcdError
@@ -106,7 +107,13 @@ class Operations:
     """The operations of one worker. `publish(**fields)` changes its card, or raises."""
 
     def __init__(
-        self, engine: Engine, gate: Gate, publish: Publish, drain_s: float, lora_dirs: Sequence[str] = ()
+        self,
+        engine: Engine,
+        gate: Gate,
+        publish: Publish,
+        drain_s: float,
+        lora_dirs: Sequence[str] = (),
+        keep: Keep = lambda folders: None,
     ) -> None:
         self._engine = engine
         self._operable = engine.operable
@@ -120,7 +127,7 @@ class Operations:
         self._why = ""
         self.state = State.SERVING
         self.adapters = Adapters(
-            self._operable, engine.adapter_uses, lora_dirs, self._turn, self._publish_adapters, drain_s
+            self._operable, engine.adapter_uses, lora_dirs, self._turn, self._publish_adapters, drain_s, keep
         )
 
     async def perform(self, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -357,10 +364,14 @@ class Operations:
 
 @asynccontextmanager
 async def operated(
-    control: Control, recipe: Recipe, member: str, engine: Engine, gate: Gate, publish: Publish
+    control: Control, recipe: Recipe, member: str, engine: Engine, gate: Gate, publish: Publish, kept: KeptAdapters
 ) -> AsyncIterator[Operations]:
-    """Take commands for as long as the block runs; those that come meanwhile are answered, the rest find nobody."""
-    operations = Operations(engine, gate, publish, recipe.engine.drain_s, recipe.engine.lora_dirs)
+    """Take commands for as long as the block runs; those that come meanwhile are answered, the rest find nobody.
+
+    Entered, the adapters are loaded that a worker in this place had before.
+    """
+    operations = Operations(engine, gate, publish, recipe.engine.drain_s, recipe.engine.lora_dirs, kept.write)
+    await operations.adapters.restore(await asyncio.to_thread(kept.read))
     async with asyncio.TaskGroup() as group:
         work = commands.serve_commands(control, recipe.name, member, operations.perform)
         task = group.create_task(work, name="commands")

@@ -24,6 +24,7 @@ OWNED: dict[str, str] = {
     "distributed_executor_backend": "roles.<role>.executor",
     "kv_transfer_config": "engine.connector",
     "kv_events_config": "engine.kv_events",
+    "ec_transfer_config": "roles.encode",
     **dict.fromkeys(("nnodes", "node_rank", "master_addr", "master_port"), "roles.<role>.nodes"),
     **dict.fromkeys(
         (name for name in ENGINE_ARGUMENTS if name.startswith("data_parallel_")), "roles.<role>.data_parallel"

@@ -154,6 +154,8 @@ class RequestServer:
         try:
             if isinstance(request, wire.Call):
                 await self._call(key, request)
+            elif request.leg is wire.Leg.ENCODE:
+                await self._encode(key, request)
             elif request.leg is wire.Leg.PREFILL:
                 await self._prefill(key, request)
             else:
@@ -172,23 +174,41 @@ class RequestServer:
             wire.Called(key[1], answered.status, answered.body, answered.content_type, answered.prompt_tokens)
         )
 
+    async def _encode(self, key: StreamKey, request: wire.Generate) -> None:
+        ask = await self._rendered(_ask(request, encode_only=True))
+        async for piece in self._engine.generate(ask):
+            if piece.finish:
+                self._step(key[0]).prefilled.append(
+                    wire.Prefilled(key[1], b"", 0.0, len(ask.prompt), 0, wire.pack(ask.prompt), ask.features)
+                )
+
     async def _prefill(self, key: StreamKey, request: wire.Generate) -> None:
-        async for piece in self._engine.generate(_ask(request, prefill_only=True)):
+        ask = await self._rendered(_ask(request, prefill_only=True))
+        async for piece in self._engine.generate(ask):
             if piece.finish:
                 if piece.transfer is None:
                     raise LostError("the prefill engine returned no transfer parameters")
                 expires_at = time.time() + self._engine.sizes.lease_s - transfer.MARGIN_S
-                tokens = (len(request.prompt) + len(request.produced)) // 4
-                self._step(key[0]).prefilled.append(
-                    wire.Prefilled(key[1], transfer.pack(piece.transfer), expires_at, tokens, piece.cached_tokens)
+                tokens = len(ask.prompt) + len(ask.produced)
+                prefilled = wire.Prefilled(
+                    key[1], transfer.pack(piece.transfer), expires_at, tokens, piece.cached_tokens
                 )
+                if (
+                    request.source or request.features
+                ):  # what was made here, or by an encoder, goes on to the decode leg
+                    prefilled.prompt, prefilled.features = wire.pack(ask.prompt), ask.features
+                self._step(key[0]).prefilled.append(prefilled)
+
+    async def _rendered(self, ask: Ask) -> Ask:
+        return await self._engine.rendered(ask) if ask.source or ask.features else ask
 
     async def _answer(self, key: StreamKey, request: wire.Generate) -> None:
         pulls = request.leg is wire.Leg.DECODE
         if pulls and time.time() > request.expires_at:
             raise transfer.TransferError("the prefill expired before its decode began, or the nodes' clocks differ")
         try:
-            await self._stream(key, request, _ask(request, transfer=request.transfer if pulls else None))
+            ask = await self._rendered(_ask(request, transfer=request.transfer if pulls else None))
+            await self._stream(key, request, ask)
         except (RefusedError, UnbegunError):
             if pulls:  # the decode engine will not pull: the prefill engine need not wait for it
                 await self._release(wire.Release(f"{request.request_id}-release", request.transfer))
@@ -261,7 +281,9 @@ class RequestServer:
                 task.cancel()
 
 
-def _ask(request: wire.Generate, prefill_only: bool = False, transfer: bytes | None = None) -> Ask:
+def _ask(
+    request: wire.Generate, prefill_only: bool = False, encode_only: bool = False, transfer: bytes | None = None
+) -> Ask:
     return Ask(
         request_id=request.request_id,
         prompt=wire.unpack(request.prompt),
@@ -270,10 +292,13 @@ def _ask(request: wire.Generate, prefill_only: bool = False, transfer: bytes | N
         options=request.options,
         max_tokens=request.max_tokens,
         prefill_only=prefill_only,
+        encode_only=encode_only,
         transfer=transfer,
         priority=request.priority,
         adapter=request.adapter,
         dp_rank=request.dp_rank,
         choice=request.choice,
         trace=request.trace,
+        source=request.source,
+        features=request.features,
     )

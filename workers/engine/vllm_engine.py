@@ -37,6 +37,7 @@ class VllmEngine:
         # Imported now: with the first request it would hold up the loop for seconds, and frontends would take us for dead.
         from workers.engine import pooling, vllm_request
         from workers.engine.reader import Reader
+        from workers.engine.rendering import Rendering
 
         self._requests, self._poolings = vllm_request, pooling
         config = llm.vllm_config
@@ -44,6 +45,10 @@ class VllmEngine:
         self._serving = serving
         runner = config.model_config.runner_type
         self._reader = Reader.of(llm, serving) if runner == "generate" else None
+        passed = config.kv_transfer_config
+        paired = passed is not None and passed.kv_role in ("kv_producer", "kv_consumer")
+        paired = paired or config.ec_transfer_config is not None
+        self._rendering = Rendering(llm, serving, passes_on=paired) if runner == "generate" else None
         self._pooling: Any = None
         self._peers = Peers()
         parallel = config.parallel_config
@@ -54,7 +59,6 @@ class VllmEngine:
         self.adapter_uses: Counter[str] = Counter()
         self.load = load
         self.stats = stats
-        passed = config.kv_transfer_config
         self.operable: Operable = VllmOperations(llm, self.adapters)
         self.sizes = Sizes(
             max_model_len=config.model_config.max_model_len,
@@ -64,6 +68,10 @@ class VllmEngine:
             tasks=(runner,),
         )
 
+    async def rendered(self, ask: Ask) -> Ask:
+        """The same leg with its prompt; see `base.Engine`."""
+        return await self._rendering.rendered(ask) if self._rendering else ask
+
     async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
         """Serve one leg; see `base.Engine`."""
         from vllm.exceptions import VLLMClientError
@@ -72,12 +80,12 @@ class VllmEngine:
         if self._reader is None:
             raise RefusedError("this model does not generate text")
         request = self._requests.VllmRequest(self._reader, ask)
-        prompt: dict[str, Any] = {"prompt_token_ids": request.prompt}
+        prompt: dict[str, Any] = {**(ask.inputs or {}), "prompt_token_ids": request.prompt}
         if request.cache_salt is not None:
             prompt["cache_salt"] = request.cache_salt
         sampling = request.sampling
-        if ask.prefill_only:
-            sampling = _prefill_sampling()
+        if ask.prefill_only or ask.encode_only:
+            sampling = _thrown_away({"kv_transfer_params": dict(PREFILL)} if ask.prefill_only else {})
         elif ask.transfer is not None:
             await self._peers.check(transfer.peer(ask.transfer))
             pull = transfer.unpack(ask.transfer, len(request.prompt), self.sizes.block_size)
@@ -92,13 +100,14 @@ class VllmEngine:
                     priority=ask.priority,
                     data_parallel_rank=self._local_rank(ask.dp_rank),
                     trace_headers=ask.trace,
-                    **({} if ask.prefill_only else request.for_engine()),
+                    **({} if ask.prefill_only or ask.encode_only else request.for_engine()),
                 )
                 async with contextlib.aclosing(stream):
                     async for output in stream:
                         if output.outputs[0].finish_reason in ("abort", "error"):
                             raise LostError(f"the engine ended the request with {output.outputs[0].finish_reason!r}")
-                        piece = _prefilled(output) if ask.prefill_only else request.read(output)
+                        early = ask.prefill_only or ask.encode_only
+                        piece = _prefilled(output) if early else request.read(output)
                         if piece is not None:
                             yield piece
                             if piece.finish is not None:
@@ -152,7 +161,7 @@ class VllmEngine:
         self._llm.shutdown(timeout=timeout_s)
 
 
-def _prefill_sampling() -> Any:
+def _thrown_away(extra: dict[str, Any]) -> Any:
     """A prefill's only token is thrown away: the decode engine samples it again, with the client's parameters."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -161,7 +170,7 @@ def _prefill_sampling() -> Any:
         temperature=0.0,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
-        extra_args={"kv_transfer_params": dict(PREFILL)},
+        extra_args=extra,
     )
 
 

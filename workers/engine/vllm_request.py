@@ -44,7 +44,7 @@ class VllmRequest:
         self._ask = ask
         self._chat: Chat | None = None
         with refusing():
-            self.request: Any = self._validated(_options(ask.options))
+            self.request: Any = self._validated(read_options(ask.options))
             if ask.render.shape is not Shape.COMPLETION:
                 self._chat = Chat(reader, self.request, ask.render.stream, ask.render.echo or "")
                 self.request = self._chat.request
@@ -279,7 +279,12 @@ class refusing:
             raise RefusedError(said.message, said.code, said.param) from error
 
 
-def _options(packed: bytes) -> dict[str, Any]:
+def read_options(packed: bytes) -> dict[str, Any]:
+    """What the client asked for.
+
+    Raises:
+        RefusedError: Some of it is never taken from a client.
+    """
     options: dict[str, Any] = msgspec.json.decode(packed, type=dict[str, Any])
     sent = {*options, *(options.get("vllm_xargs") or ())}
     for name in FORBIDDEN:

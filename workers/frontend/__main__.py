@@ -20,7 +20,7 @@ from launch.recipe import Kind, Recipe
 from launch.records import Control, RunDirectory
 from slurm.children import report
 from slurm.places import Place, places
-from workers.engine.options import serving_options
+from workers.engine.options import merged, serving_options
 from workers.frontend import tls
 from workers.frontend.admin import Admin
 from workers.frontend.app import App
@@ -35,6 +35,7 @@ from workers.frontend.metrics import Metrics
 from workers.frontend.reply import Kept
 from workers.frontend.router import mode
 from workers.frontend.service import Served
+from workers.frontend.sources import worker_tokenizes
 from workers.frontend.stored import Store
 from workers.frontend.text import Text
 from workers.frontend.trace import Tracer
@@ -111,7 +112,10 @@ async def serve(
         version=lambda: next((link.card.version for link in links), ""),
     )
     serving = serving_options(recipe, recipe.roles[-1])
-    text = Text(Path(recipe.model.path), serving.chat_template, serving.default_chat_template_kwargs)
+    model, arguments = Path(recipe.model.path), merged(recipe, recipe.roles[-1])
+    text = None
+    if not worker_tokenizes(recipe.engine.tokenize, model, arguments):
+        text = Text(model, serving.chat_template, serving.default_chat_template_kwargs)
     drawer = Drawer(folder / "files", recipe.frontend.files_max_bytes)
     batches = Batches(
         folder / "batches",
@@ -120,7 +124,9 @@ async def serve(
         room=lambda: all(link.waiting == 0 for link in links if link.usable),
     )
     store = Store(folder / "responses", recipe.frontend.stored_responses)
-    app = App(served, text, pool, metrics, api_key, store, Files(drawer), batches, tracer)
+    app = App(
+        served, text, pool, metrics, api_key, store, Files(drawer), batches, tracer, tokenize=recipe.engine.tokenize
+    )
     commander = Commander(control, recipe.name, name)
     app.admin = Admin(
         plan(recipe),

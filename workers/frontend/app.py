@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+from launch.recipe import Tokenize
 from workers.frontend import chats, tokens
 from workers.frontend.about import About
 from workers.frontend.admin import Admin
@@ -39,7 +40,7 @@ class App:
     def __init__(
         self,
         served: Served,
-        text: Text,
+        text: Text | None,
         pool: Pool,
         metrics: Metrics,
         api_key: str,
@@ -47,8 +48,10 @@ class App:
         files: Files,
         batches: Batches,
         tracer: Tracer,
+        tokenize: Tokenize = Tokenize.AUTO,
     ) -> None:
-        self.service = Service(served, text, pool, metrics)
+        """Make the handler; without a `text` workers make every prompt, else those that `tokenize` leaves to them."""
+        self.service = Service(served, text, pool, metrics, tokenize)
         self._keys = Keys(api_key)
         self._metrics = metrics
         self._tracer = tracer

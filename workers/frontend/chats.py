@@ -11,6 +11,7 @@ from workers.frontend.http import Request
 from workers.frontend.openai import ChatRequest, CompletionRequest, parse
 from workers.frontend.reply import REQUEST_ID_HEADER, Reply, told
 from workers.frontend.service import Service
+from workers.frontend.sources import source
 from workers.runtime.wire import Shape
 
 # vLLM's routes for pooling models, and the same under /v1 where vLLM has them elsewhere.
@@ -50,7 +51,8 @@ async def completion(service: Service, request: Request, reply: Reply) -> None:
     special = ask.add_special_tokens is not False
     prompts = [await service.prompt(prompt, special) for prompt in texts]
     echoes = [text if isinstance(text, str) else None for text in texts]
-    await answer_choices(service, Generation(Shape.COMPLETION, ask, fields, prompts, echoes), request, reply)
+    made = [b"" if prompt else source(prompt=text) for prompt, text in zip(prompts, texts, strict=True)]
+    await answer_choices(service, Generation(Shape.COMPLETION, ask, fields, prompts, echoes, made), request, reply)
 
 
 async def pooling(service: Service, request: Request, reply: Reply) -> None:

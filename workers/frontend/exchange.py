@@ -31,6 +31,8 @@ SOURCE_LOST = wire.Failed(0, 503, "the prefill worker was lost before its KV cac
 class Question:
     """One prompt and how it is to be answered; `wire.Generate` says what the fields mean.
 
+    `prompt` is empty where a worker makes it of `source`; `guess` is then how many tokens it is taken for until it is made, and
+    `media` whether there is something in it to encode.
     `reads_prompt` asks for something that only the engine that computes the prompt can tell. `restarts` asks for something
     that an answer continued elsewhere would lack, so that it has to begin anew.
     """
@@ -47,11 +49,19 @@ class Question:
     reads_prompt: bool = False
     restarts: bool = False
     trace: dict[str, str] | None = None
+    source: bytes = b""
+    features: bytes = b""
+    guess: int = 0
+    media: bool = False
 
     @property
     def tokens(self) -> int:
         """Length of the prompt."""
-        return len(self.prompt) // 4
+        return len(self.prompt) // 4 or self.guess
+
+    def rendered(self, prompt: bytes, features: bytes) -> Question:
+        """The same with the prompt that a worker has made of its source; itself where none did."""
+        return replace(self, prompt=prompt, features=features, source=b"") if prompt else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,12 +177,12 @@ class Pool:
     @property
     def unable(self) -> list[Kind]:
         """The kinds of worker without which nothing can be answered, and that are not there."""
-        return [kind for kind in self.missing if kind is not Kind.PREFILL]
+        return [kind for kind in self.missing if kind not in (Kind.PREFILL, Kind.ENCODE)]
 
     @property
     def adapters(self) -> list[str]:
         """The LoRA adapters that can be asked for: those that some worker of each kind has."""
-        there = [kind for kind in self._needed if self.usable(kind)]
+        there = [kind for kind in self._needed if kind is not Kind.ENCODE and self.usable(kind)]
         found = [{name for link in self.usable(kind) for name in link.card.adapters} for kind in there]
         return sorted(set.intersection(*found)) if found else []
 
@@ -314,6 +324,8 @@ class Releaser:
 
 
 async def _attempt(pool: Pool, question: Question, relay: Relay, avoid: set[str]) -> wire.End:
+    if question.media and pool.usable(Kind.ENCODE):
+        question = await _encoded(pool, question, avoid)
     if not pool.disaggregated:
         return await _whole(pool, Kind.AGGREGATED, question, relay, avoid)
     reason = pool.local_reason(question)
@@ -331,7 +343,9 @@ async def _attempt(pool: Pool, question: Question, relay: Relay, avoid: set[str]
     pool.on_leg(Kind.DECODE)
 
     def build(stream: int) -> wire.Generate:
-        return _generate(stream, question, relay, wire.Leg.DECODE, target.rank, prefilled)
+        passed = question.rendered(prefilled.prompt, prefilled.features)
+        prefilled.features = b""  # megabytes, which nobody needs while the answer streams
+        return _generate(stream, passed, relay, wire.Leg.DECODE, target.rank, prefilled)
 
     # From here on the transfer belongs to the decode worker, which uses it or releases it.
     last = await _run(target, relay, build, wire.End, source=source)
@@ -349,6 +363,23 @@ async def _whole(pool: Pool, kind: Kind, question: Question, relay: Relay, avoid
         return _generate(stream, question, relay, wire.Leg.WHOLE, target.rank)
 
     return await _run(target, relay, build, wire.End, tokens=question.tokens)
+
+
+async def _encoded(pool: Pool, question: Question, avoid: set[str]) -> Question:
+    """The question after its encode leg; as it was when its worker was lost: whoever computes the prompt can encode too."""
+    apart = replace(question, adapter="", dp_rank=-1)
+    target = pool.pick(Kind.ENCODE, apart, avoid)
+    pool.on_leg(Kind.ENCODE)
+    relay = Relay(lambda data: None)
+
+    def build(stream: int) -> wire.Generate:
+        return _generate(stream, apart, relay, wire.Leg.ENCODE, -1)
+
+    try:
+        encoded = await _run(target, relay, build, wire.Prefilled, tokens=question.tokens)
+    except LegLostError:
+        return question
+    return question.rendered(encoded.prompt, encoded.features)
 
 
 async def _prefill(pool: Pool, question: Question, relay: Relay, avoid: set[str]) -> tuple[Link, wire.Prefilled]:
@@ -389,6 +420,8 @@ def _generate(
         choice=question.choice,
         cached_tokens=prefilled.cached_tokens if prefilled else -1,
         trace=question.trace,
+        source=question.source,
+        features=question.features,
     )
 
 

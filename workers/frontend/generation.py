@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from workers.engine.render import chunk
+from workers.frontend import sources
 from workers.frontend.errors import ApiError
 from workers.frontend.exchange import Answered, Pool, Question, answer
 from workers.frontend.http import Request
@@ -43,6 +44,7 @@ class Generation:
         fields: All of it, likewise.
         prompts: Packed token ids.
         echoes: For each prompt its text, where it may have to be said again and is known here.
+        made_of: For each prompt that a worker makes what it makes it of (`workers.frontend.sources`).
     """
 
     def __init__(
@@ -52,7 +54,11 @@ class Generation:
         fields: dict[str, Any],
         prompts: list[bytes],
         echoes: list[str | None],
+        made_of: list[bytes] | None = None,
     ) -> None:
+        self._sources = made_of or [b""] * len(prompts)
+        self._guess = sources.guess(fields) if any(self._sources) else 0
+        self._media = bool(self._guess) and shape is not Shape.COMPLETION and sources.has_media(fields["messages"])
         self.shape = shape
         self.ask: Common = ask
         self.prompts = prompts
@@ -120,6 +126,9 @@ class Generation:
                     Question(
                         request_id=f"{name}-{index}",
                         prompt=prompt,
+                        source=self._sources[number],
+                        guess=self._guess,
+                        media=self._media,
                         render=render,
                         options=self._options,
                         max_tokens=ask.limit,
@@ -139,8 +148,8 @@ async def chat_of(
     service: Service, shape: Shape, ask: ChatRequest, fields: dict[str, Any], size: int, echo: str | None = None
 ) -> Generation:
     """A generation from a chat, whose model was admitted and which was checked; `size` is about how long it is, in bytes."""
-    prompt = await service.tokenized(size, lambda: chat_ids(service, ask))
-    return Generation(shape, ask, fields, [prompt], [echo])
+    prompt, source = await service.conversation(ask, size)
+    return Generation(shape, ask, fields, [prompt], [echo], [source])
 
 
 def chat_ids(service: Service, ask: ChatRequest) -> bytes:
@@ -251,7 +260,7 @@ async def _all_answers(pool: Pool, questions: list[Question], answers: Streamed 
 
 def _counted(metrics: Metrics, generation: Generation, ends: list[Answered]) -> str:
     """The usage of all choices together, counted: a prompt counts once, however many answers it got."""
-    prompt = sum(len(prompt) // 4 for prompt in generation.prompts)
+    prompt = sum(end.prompt_tokens for end in ends[:: generation.choices])
     completion = sum(end.completion_tokens for end in ends)
     cached = sum(end.cached_tokens for end in ends[:: generation.choices])
     metrics.prompt_tokens.inc(prompt)

@@ -126,7 +126,7 @@ class Messages:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._dialect = Dialect.of(service.text)
+        self._dialect = Dialect.of(service.local_text) if service.local_text else Dialect(True, "low")
 
     async def create(self, request: Request, reply: Reply) -> None:
         """POST /v1/messages."""

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from workers.frontend.errors import ApiError
+from workers.frontend.sources import spoken
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -227,7 +228,9 @@ def options(fields: dict[str, Any]) -> bytes:
     """
     passed = {name: value for name, value in fields.items() if name not in OWN}
     if fields.get("tools"):
-        passed["messages"] = fields["messages"]  # some parsers number tool calls on from those of the conversation
+        passed["messages"] = spoken(
+            fields["messages"]
+        )  # some parsers number tool calls on from those of the conversation
     try:
         return msgspec.json.encode(passed)
     except (OverflowError, UnicodeEncodeError) as error:

@@ -6,14 +6,17 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from launch.recipe import Kind
+from launch.recipe import Kind, Tokenize
 from workers.frontend.errors import ApiError
 from workers.frontend.exchange import Pool
 from workers.frontend.metrics import Metrics
+from workers.frontend.openai import ChatRequest
+from workers.frontend.sources import has_media, source
 from workers.frontend.text import Text
 from workers.runtime.wire import pack
 
 TOKENIZE_IN_THREAD_CHARS = 4096
+MAX_ID = 2**31 - 1  # what travels; the engine knows its vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +35,28 @@ class Served:
 
 @dataclass(slots=True)
 class Service:
-    """See above. `draining` is set once the deployment stops."""
+    """See above. `draining` is set once the deployment stops.
+
+    Without a `local_text` workers make every prompt, else those that `tokenize` leaves to them.
+    """
 
     served: Served
-    text: Text
+    local_text: Text | None
     pool: Pool
     metrics: Metrics
+    tokenize: Tokenize = Tokenize.AUTO
     draining: bool = False
+
+    @property
+    def text(self) -> Text:
+        """The model's tokenizer and chat template.
+
+        Raises:
+            ApiError: 501, only the workers have them.
+        """
+        if self.local_text is None:
+            raise ApiError(501, "this model's prompts are made by its workers, and this needs the frontend's tokenizer")
+        return self.local_text
 
     def know(self, model: str) -> None:
         """Refuse a model that is not served.
@@ -95,13 +113,34 @@ class Service:
         return work() if size < TOKENIZE_IN_THREAD_CHARS else await asyncio.to_thread(work)
 
     async def prompt(self, prompt: str | list[int], special: bool) -> bytes:
-        """Packed token ids of a prompt that is text or token ids.
+        """Packed token ids of a prompt that is text or token ids; none of a text whose ids a worker makes.
 
         Raises:
             ApiError: 400, it has ids that no token has.
         """
+        text = self.local_text
         if isinstance(prompt, str):
-            return await self.tokenized(len(prompt), lambda: self.text.encode(prompt, special))
-        if any(not 0 <= token < self.text.vocabulary for token in prompt):
-            raise ApiError(400, f"prompt has token ids outside 0 to {self.text.vocabulary - 1}", param="prompt")
+            if text is None:
+                return b""
+            return await self.tokenized(len(prompt), lambda: text.encode(prompt, special))
+        largest = text.vocabulary - 1 if text else MAX_ID
+        if any(not 0 <= token <= largest for token in prompt):
+            raise ApiError(400, f"prompt has token ids outside 0 to {largest}", param="prompt")
         return pack(prompt)
+
+    async def conversation(self, ask: ChatRequest, size: int) -> tuple[bytes, bytes]:
+        """The packed ids of a chat of about `size` bytes, or what a worker makes them of; the other is empty."""
+        text = self.local_text
+        if text is None or (self.tokenize is Tokenize.AUTO and has_media(ask.messages)):
+            return b"", source(messages=ask.messages)
+        prompt = await self.tokenized(
+            size,
+            lambda: text.chat(
+                ask.messages,
+                ask.template_variables,
+                ask.tools,
+                ask.continue_final_message,
+                bool(ask.add_special_tokens),
+            ),
+        )
+        return prompt, b""

@@ -196,7 +196,11 @@ def _part(part: Any, where: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    raise ApiError(400, f"{where}: content of type {kind!r} is not supported yet", param=where)
+    raise ApiError(
+        400,
+        f"{where}: content of type {kind!r} is not taken by a deployment with engine.tokenize=frontend",
+        param=where,
+    )
 
 
 def _template_sources(folder: Path, config: dict[str, Any]) -> tuple[str, str]:

@@ -112,6 +112,24 @@ class Registration:
         self._lease, self._due = lease, False  # only now: a lease without the card would be kept alive for nothing
 
 
+class Offer:
+    """A worker's card, before, while and after it is registered: changed here first, there as long as there is one."""
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self.registration: Registration | None = None
+
+    async def update(self, **changes: Any) -> None:
+        """Change the card.
+
+        Raises:
+            EtcdError: It is registered, and the change could not be stored.
+        """
+        if self.registration:
+            await self.registration.update(**changes)
+        self.card = msgspec.structs.replace(self.card, **changes)
+
+
 @contextlib.asynccontextmanager
 async def registered(etcd: Etcd, deployment: str, card: Card, ttl_s: int) -> AsyncIterator[Registration]:
     """Keep the card registered for as long as the block runs, through losses of etcd and of its data.

@@ -22,6 +22,7 @@ class Leg(StrEnum):
     """Which part of a request a worker is asked for."""
 
     WHOLE = "whole"
+    ENCODE = "encode"
     PREFILL = "prefill"
     DECODE = "decode"
 
@@ -79,6 +80,9 @@ class Generate(msgspec.Struct, array_like=True, tag="g"):
     `produced` are ids that another worker already answered with: they belong to the prompt of the engine, but neither to
     the prompt of the client nor to what is rendered again. `transfer` is what the prefill worker returned, unread; it is
     not used after `expires_at`, in seconds since the epoch by the prefill worker's clock.
+
+    `source` is what the worker makes the prompt of itself, a JSON object with the client's `messages` or `prompt`; `prompt`
+    is empty then. The worker of the first leg makes it, and later legs get its ids, with the media in them as `features`.
     """
 
     stream: int
@@ -97,6 +101,8 @@ class Generate(msgspec.Struct, array_like=True, tag="g"):
     choice: int = 0
     cached_tokens: int = -1
     trace: dict[str, str] | None = None
+    source: bytes = b""
+    features: bytes = b""
 
 
 class Call(msgspec.Struct, array_like=True, tag="f"):
@@ -144,13 +150,19 @@ class End(msgspec.Struct, array_like=True):
 
 
 class Prefilled(msgspec.Struct, array_like=True):
-    """The answer to a prefill leg: single use, and dead after `expires_at` (seconds since the epoch, worker's clock)."""
+    """The answer to a prefill leg: single use, and dead after `expires_at` (seconds since the epoch, worker's clock).
+
+    `prompt` and `features` are what the worker made of the request's `source`, for the next leg. An encode leg is answered
+    so too: with these, and nothing to transfer.
+    """
 
     stream: int
     transfer: bytes
     expires_at: float
     prompt_tokens: int
     cached_tokens: int
+    prompt: bytes = b""
+    features: bytes = b""
 
 
 class Called(msgspec.Struct, array_like=True):
