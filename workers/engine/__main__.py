@@ -27,7 +27,7 @@ from launch.records import Control, RunDirectory
 from slurm.children import report
 from slurm.places import Place, places
 from slurm.together import GENERATION
-from workers.engine import connectors, orphans, ray_cluster
+from workers.engine import connectors, kv, orphans, ray_cluster
 from workers.engine.arguments import engine_arguments, fingerprint, role_of
 from workers.engine.base import Engine
 from workers.engine.checks import check_engines
@@ -114,8 +114,13 @@ def build(recipe: Recipe, role: Role, arguments: dict[str, Any]) -> Engine:
         from tokenizers import Tokenizer
 
         from workers.engine.echo import EchoEngine
+        from workers.engine.echo_cache import CachingEcho
 
-        return EchoEngine(Tokenizer.from_file(f"{recipe.model.path}/tokenizer.json"), recipe.engine.echo_interval_s)
+        tokenizer, asked = Tokenizer.from_file(f"{recipe.model.path}/tokenizer.json"), recipe.engine
+        if asked.echo_cache_blocks:
+            rate = asked.echo_prefill_tokens_per_s
+            return CachingEcho(tokenizer, asked.echo_interval_s, asked.echo_cache_blocks, rate)
+        return EchoEngine(tokenizer, asked.echo_interval_s)
     from workers.engine import vllm_engine
 
     # Slurm signals every process of a step. An engine core that gets SIGTERM aborts what it runs unless it has time.
@@ -161,8 +166,9 @@ async def serve(recipe: Recipe, member: Member, place: Place, control: Control, 
             group.create_task(watch.run(recipe.engine.canary_interval_s, recipe.engine.canary_timeout_s), name="watch"),
         ]
         async with (
+            kv.published(recipe, member, place, control, engine, card, context) as on_cleared,
             registered(etcd, recipe.name, card, recipe.control.lease_ttl_s) as registration,
-            operated(control, recipe, member.name, engine, gate, registration.update),
+            operated(control, recipe, member.name, engine, gate, registration.update, on_cleared),
         ):
             report("ready")
             log.info("%s serves %s at %s", member.name, recipe.model.name, card.address)
@@ -218,6 +224,7 @@ def card_of(recipe: Recipe, member: Member, place: Place, engine: Engine) -> Car
         dp_first=dp_first,
         dp_count=dp_count,
         fingerprint=fingerprint(recipe, role, engine.sizes.version),
+        kv_blocks=engine.sizes.kv_blocks,
     )
 
 

@@ -58,7 +58,7 @@ def engine_arguments(recipe: Recipe, plan: Plan, member: Member, places: Mapping
     transfer = kv_transfer_config(recipe, member.kind)
     if transfer:
         arguments["kv_transfer_config"] = transfer
-    if recipe.engine.kv_events and member.kind is not Kind.EMBEDDING:
+    if recipe.publishes_kv_events and member.kind is not Kind.EMBEDDING:
         arguments["kv_events_config"] = _kv_events(member, places[member.rank])
     return arguments | split(merged(recipe, role))[0]
 

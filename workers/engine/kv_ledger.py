@@ -83,9 +83,7 @@ class Ledger:
 
     def beat(self) -> Changes:
         """The number of what was told last."""
-        return Changes(
-            self._instance, self._rank, self._number, self.block_size, beat=True, trouble=self.trouble
-        )
+        return Changes(self._instance, self._rank, self._number, self.block_size, beat=True, trouble=self.trouble)
 
     def picture(self) -> Iterator[Page]:
         """All blocks, as of now, page by page; what was not yet told is in it and will be told again."""

@@ -128,6 +128,10 @@ class Sequence:
         """The batches whose turn it is now."""
         if number >= self.next:
             self._early[number] = payload
+        yield from self.ready()
+
+    def ready(self) -> Iterator[bytes]:
+        """Those before which nothing is missing."""
         while (found := self._early.pop(self.next, None)) is not None:
             self.next += 1
             yield found
@@ -152,6 +156,7 @@ class EventSource:
         self._where = events
         self._sequence = Sequence()
         self._asked = 0.0
+        self._asked_for_gap = False
         self._answered = time.monotonic()
         self.translator = Translator(ledger)
         self.batches = 0
@@ -180,12 +185,13 @@ class EventSource:
     def _ask(self) -> None:
         """Ask for everything from the first missing batch on; the answer is at least its end."""
         self._asked = time.monotonic()
+        self._asked_for_gap = self._sequence.gap
         self._replay.send([b"", self._sequence.next.to_bytes(8, "big")])
 
     def _on_published(self, parts: list[bytes]) -> None:
         if len(parts) != 3:
             return
-        self._offer(int.from_bytes(parts[1], "big"), parts[2])
+        self._apply(self._sequence.offer(int.from_bytes(parts[1], "big"), parts[2]))
         if self._sequence.gap and time.monotonic() - self._asked > ASK_S / 4:
             self._ask()
 
@@ -193,10 +199,12 @@ class EventSource:
         if len(parts) != 4:
             return
         if parts[2] != END:
-            self._offer(int.from_bytes(parts[2], "big"), parts[3])
+            self._apply(self._sequence.offer(int.from_bytes(parts[2], "big"), parts[3]))
             return
         self._answered = time.monotonic()
-        if self._sequence.gap:
+        if self._sequence.gap and not self._asked_for_gap:
+            self._ask()  # what is missing may be younger than this answer
+        elif self._sequence.gap:
             # vLLM does not remember that far back. Wrong blocks would draw requests for ever; missing ones come back.
             lost = self._sequence.give_up()
             self.lost += lost
@@ -204,13 +212,13 @@ class EventSource:
             self.translator.cleared()
             self._ledger.cleared(Tier.HOST)
             self._ledger.cleared(Tier.DISK)
-            self._offer(-1, b"")
+            self._apply(self._sequence.ready())
         if self._ledger.trouble:
             self._ledger.trouble = ""
             log.info("KV events of the engine at %s are heard", self._where)
 
-    def _offer(self, number: int, payload: bytes) -> None:
-        for batch in self._sequence.offer(number, payload):
+    def _apply(self, batches: Iterator[bytes]) -> None:
+        for batch in batches:
             self.batches += 1
             with contextlib.suppress(msgspec.DecodeError):
                 for event in msgspec.msgpack.decode(batch)[1]:

@@ -103,15 +103,24 @@ Publish = Callable[..., Awaitable[None]]
 
 
 class Operations:
-    """The operations of one worker. `publish(**fields)` changes its card, or raises."""
+    """The operations of one worker. `publish(**fields)` changes its card, or raises; `on_cleared` is told that the engine has
+    dropped its KV cache.
+    """
 
     def __init__(
-        self, engine: Engine, gate: Gate, publish: Publish, drain_s: float, lora_dirs: Sequence[str] = ()
+        self,
+        engine: Engine,
+        gate: Gate,
+        publish: Publish,
+        drain_s: float,
+        lora_dirs: Sequence[str] = (),
+        on_cleared: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._operable = engine.operable
         self._gate = gate
         self._publish = publish
+        self._on_cleared = on_cleared
         self._drain_s = drain_s
         self._lock = asyncio.Lock()
         self._now: Operation | None = None
@@ -204,6 +213,7 @@ class Operations:
                     "the cache was not cleared: some of its blocks are in use by requests that run, or by prefills whose "
                     "decode has not pulled them; try again, or `drain` first",
                 )
+        self._on_cleared()
         return {"cleared": True}
 
     async def _drain(self, asked: commands.Withdraw) -> dict[str, Any]:
@@ -227,6 +237,7 @@ class Operations:
                 await self._engine_does(self._operable.pause())
             undo.push_async_callback(self._rouse)
             await self._engine_does(self._operable.sleep(asked.level))
+        self._on_cleared()
         self.state, self._level = State.ASLEEP, asked.level
         return {"given_back": given_back, "state": self.state, "level": asked.level}
 
@@ -357,10 +368,16 @@ class Operations:
 
 @asynccontextmanager
 async def operated(
-    control: Control, recipe: Recipe, member: str, engine: Engine, gate: Gate, publish: Publish
+    control: Control,
+    recipe: Recipe,
+    member: str,
+    engine: Engine,
+    gate: Gate,
+    publish: Publish,
+    on_cleared: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Operations]:
     """Take commands for as long as the block runs; those that come meanwhile are answered, the rest find nobody."""
-    operations = Operations(engine, gate, publish, recipe.engine.drain_s, recipe.engine.lora_dirs)
+    operations = Operations(engine, gate, publish, recipe.engine.drain_s, recipe.engine.lora_dirs, on_cleared)
     async with asyncio.TaskGroup() as group:
         work = commands.serve_commands(control, recipe.name, member, operations.perform)
         task = group.create_task(work, name="commands")

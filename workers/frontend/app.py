@@ -25,6 +25,7 @@ from workers.frontend.http import Connection, Request
 from workers.frontend.metrics import Metrics
 from workers.frontend.openai import ChatRequest, Common, CompletionRequest, options, parse
 from workers.frontend.text import Text
+from workers.frontend.wishes import wishes
 from workers.runtime.wire import Render, Shape, pack
 
 DONE = b"data: [DONE]\n\n"
@@ -194,7 +195,7 @@ class App:
         envelope = generation.envelope(ask.model)
         answers = Streamed(connection, header, self._metrics) if ask.streams else Collected()
         chunked = request.chunked
-        questions = generation.questions(envelope, chunked, self._adapter(ask.model), _dp_rank(request))
+        questions = generation.questions(envelope, chunked, self._adapter(ask.model), request)
         try:
             ends = await self._all_answers(questions, answers)
         except ApiError as error:
@@ -264,6 +265,9 @@ class App:
             connection.respond(503, msgspec.json.encode({"status": "unavailable", "reason": self._reason(missing)}))
         elif missing:
             connection.respond(200, msgspec.json.encode({"status": "degraded", "reason": self._reason(missing)}))
+        elif self._pool.troubles:
+            reason = f"requests are routed with less than was asked for: {'; '.join(self._pool.troubles)}"
+            connection.respond(200, msgspec.json.encode({"status": "degraded", "reason": reason}))
         else:
             connection.respond(200, b'{"status":"ready"}')
 
@@ -309,6 +313,7 @@ class Generation:
         self.prompts = prompts
         self.choices = ask.n or 1
         self._echoes = echoes
+        self._fields = fields
         self._options = options(fields)
         self._logprobs = fields.get("logprobs") is not None and fields["logprobs"] is not False  # 0 asks for them too
         self._id = f"{'chatcmpl' if shape is Shape.CHAT else 'cmpl'}-{secrets.token_hex(12)}"
@@ -340,12 +345,13 @@ class Generation:
         quoted = msgspec.json.encode(model).decode()
         return f'{{"id":"{self._id}","object":"{kind}","created":{int(time.time())},"model":{quoted},'
 
-    def questions(self, envelope: str, chunked: bool, adapter: str, dp_rank: int) -> list[Question]:
+    def questions(self, envelope: str, chunked: bool, adapter: str, request: Request) -> list[Question]:
         """What the workers are asked: each answer is a question of its own, on whichever worker."""
-        ask = self.ask
+        ask, dp_rank = self.ask, _dp_rank(request)
         tail = ',"usage":null}' if ask.include_usage and not ask.continuous_usage else "}"
         found = []
         for number, prompt in enumerate(self.prompts):
+            wanted = wishes(request.headers, self._fields)
             for choice in range(self.choices):
                 index = number * self.choices + choice
                 render = Render(
@@ -371,6 +377,7 @@ class Generation:
                         choice=choice,
                         reads_prompt=ask.reads_prompt,
                         restarts=(self._logprobs or ask.reads_prompt) and not ask.streams,
+                        wishes=wanted,
                     )
                 )
         return found

@@ -126,9 +126,7 @@ class BlockIndex:
         known = self._known
         for number, shard in enumerate(self._shards):
             self._shards[number] = {
-                name: known.setdefault(holders, holders)
-                for name, before in shard.items()
-                if (holders := before & keep)
+                name: known.setdefault(holders, holders) for name, before in shard.items() if (holders := before & keep)
             }
             yield
         self._left &= keep

@@ -11,15 +11,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from launch.recipe import Kind
+from workers.frontend.book import Key
 from workers.frontend.errors import ApiError
+from workers.frontend.kv_router import KvBooking
 from workers.frontend.links import LOST, Link, Links
 from workers.frontend.local import LocalPrefill, Reason
-from workers.frontend.router import Mode
+from workers.frontend.router import Mode, Router
+from workers.frontend.wishes import Wishes
 from workers.runtime import wire
 
 L = TypeVar("L", wire.End, wire.Prefilled, wire.Called)
@@ -46,6 +49,7 @@ class Question:
     choice: int = 0
     reads_prompt: bool = False
     restarts: bool = False
+    wishes: Wishes = field(default_factory=Wishes)
 
     @property
     def tokens(self) -> int:
@@ -67,10 +71,29 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A worker, and where it has several data-parallel ranks one of them; -1 for the only one."""
+    """A worker, and where it has several data-parallel ranks one of them; -1 for the only one.
+
+    `booking` is the leg in the router's book, where it keeps one.
+    """
 
     link: Link
     rank: int = -1
+    booking: KvBooking | None = None
+
+    @property
+    def key(self) -> Key:
+        """Its instance and rank."""
+        card = self.link.card
+        return card.instance, max(self.rank, card.dp_first)
+
+    @property
+    def member(self) -> str:
+        """Its name in the plan."""
+        return self.link.card.member
+
+    def tokens(self, question: Question) -> int:
+        """Prompt tokens that it has to compute, as far as is known."""
+        return self.booking.tokens if self.booking else question.tokens
 
     @property
     def in_flight(self) -> int:
@@ -89,16 +112,17 @@ class Pool:
     def __init__(
         self,
         links: Links,
-        choose: dict[Kind, Mode],
+        choose: Mapping[Kind, Mode],
         disaggregated: bool,
         on_leg: Callable[[Kind], None],
         needed: tuple[Kind, ...] | None = None,
         local: LocalPrefill | None = None,
         on_local: Callable[[Reason], None] = lambda reason: None,
         on_resumed: Callable[[], None] = lambda: None,
+        router: Router | None = None,
     ) -> None:
         self._links = links
-        self._choose = choose
+        self.router = router or Router(choose=choose)
         self._needed = needed or ((Kind.PREFILL, Kind.DECODE) if disaggregated else (Kind.AGGREGATED,))
         self._local = local or LocalPrefill()
         self.disaggregated = disaggregated
@@ -114,17 +138,17 @@ class Pool:
             if link.card.kind is kind and link.usable and (not adapter or adapter in link.card.adapters)
         ]
 
-    def pick(self, kind: Kind, question: Question, avoid: set[str], fingerprint: str = "") -> Target:
+    def pick(self, kind: Kind, question: Question, avoid: set[str], source: Link | None = None) -> Target:
         """A worker for a leg, not among those of `avoid` (instances) unless there is no other.
 
-        With a fingerprint, only workers that may pull a KV cache from a worker of that fingerprint.
+        With a source, only workers that may pull a KV cache from it.
 
         Raises:
-            ApiError: 503, there is none.
+            ApiError: 503, there is none; or the client's wishes cannot be followed.
         """
         usable = self.usable(kind, question.adapter)
-        if fingerprint:
-            usable = [link for link in usable if link.card.fingerprint in ("", fingerprint)]
+        if source is not None and source.card.fingerprint:
+            usable = [link for link in usable if link.card.fingerprint in ("", source.card.fingerprint)]
         links = [link for link in usable if link.card.instance not in avoid] or usable
         rank = -1 if kind is Kind.PREFILL else question.dp_rank
         targets = [target for link in links for target in _targets(link, rank)]
@@ -132,7 +156,8 @@ class Pool:
             loaded = f" with the adapter {question.adapter!r}" if question.adapter else ""
             asked = f" with data-parallel rank {rank}" if rank >= 0 else ""
             raise ApiError(503, f"no {kind} worker{loaded}{asked} is ready", retry_after_s=1)
-        return targets[self._choose[kind](targets)]
+        index, booking = self.router.pick(kind, targets, question, computes=source is None)
+        return replace(targets[index], booking=booking) if booking else targets[index]
 
     def local_reason(self, question: Question) -> Reason | None:
         """Why a decode worker should compute this prompt itself; None when a prefill worker should."""
@@ -143,8 +168,16 @@ class Pool:
             return Reason.READS_PROMPT
         decodes = self.usable(Kind.DECODE, question.adapter)
         return self._local.reason(
-            question.tokens, [link.prefilling for link in prefills], [link.prefilling for link in decodes]
+            question.tokens,
+            [link.prefilling for link in prefills],
+            [link.prefilling for link in decodes],
+            lambda: self._cached_tokens(decodes, question),
         )
+
+    def _cached_tokens(self, links: list[Link], question: Question) -> int:
+        """The most tokens of a prompt that one of these workers caches, as far as is known."""
+        kv = self.router.kv
+        return kv.cached_tokens([target for link in links for target in _targets(link, -1)], question) if kv else 0
 
     def crowded(self, question: Question, reason: Reason) -> set[str]:
         """Instances of decode workers that have no room for this prompt."""
@@ -152,6 +185,11 @@ class Pool:
             return set()
         busy = {link.card.instance: link.prefilling for link in self.usable(Kind.DECODE)}
         return {name for name, tokens in busy.items() if not self._local.has_room(question.tokens, tokens)}
+
+    @property
+    def troubles(self) -> list[str]:
+        """What keeps the router from choosing as the recipe asks, where something does."""
+        return self.router.kv.view.troubles if self.router.kv else []
 
     @property
     def missing(self) -> list[Kind]:
@@ -316,7 +354,7 @@ async def _attempt(pool: Pool, question: Question, relay: Relay, avoid: set[str]
         return await _whole(pool, Kind.DECODE, question, relay, avoid | pool.crowded(question, reason))
     source, prefilled = await _prefill(pool, question, relay, avoid)
     try:
-        target = pool.pick(Kind.DECODE, question, avoid, source.card.fingerprint)
+        target = pool.pick(Kind.DECODE, question, avoid, source)
         if time.time() > prefilled.expires_at:
             raise LegLostError(wire.Failed(0, 503, "the prefill expired, or the nodes' clocks differ", True), "")
     except (ApiError, LegLostError):
@@ -342,7 +380,10 @@ async def _whole(pool: Pool, kind: Kind, question: Question, relay: Relay, avoid
     def build(stream: int) -> wire.Generate:
         return _generate(stream, question, relay, wire.Leg.WHOLE, target.rank)
 
-    return await _run(target, relay, build, wire.End, tokens=question.tokens)
+    last = await _run(target, relay, build, wire.End, tokens=target.tokens(question))
+    if target.booking:
+        target.booking.hit(last.cached_tokens)
+    return last
 
 
 async def _prefill(pool: Pool, question: Question, relay: Relay, avoid: set[str]) -> tuple[Link, wire.Prefilled]:
@@ -355,7 +396,11 @@ async def _prefill(pool: Pool, question: Question, relay: Relay, avoid: set[str]
 
     own = Relay(lambda data: None)
     unwanted = Releaser(pool, question)
-    return target.link, await _run(target, own, build, wire.Prefilled, tokens=question.tokens, unwanted=unwanted)
+    tokens = target.tokens(question)
+    done = await _run(target, own, build, wire.Prefilled, tokens=tokens, unwanted=unwanted)
+    if target.booking:
+        target.booking.hit(done.cached_tokens)
+    return target.link, done
 
 
 def _generate(
@@ -412,7 +457,16 @@ async def _run(
     number = link.open(build, relay, target.rank, tokens)
     if number is None:
         raise LegLostError(LOST, link.card.instance)
-    relay.on_begun = lambda: link.begun(number)
+    booking = target.booking
+    if booking:
+        booking.begin()
+
+    def begun() -> None:
+        link.begun(number)
+        if booking:
+            booking.prefilled()
+
+    relay.on_begun = begun
 
     def source_lost() -> None:
         if relay.on_begun is not None:  # once it answers, it has pulled
@@ -423,6 +477,8 @@ async def _run(
             last = await relay.last
     finally:
         link.cancel(number, unwanted)  # does nothing when the stream has ended
+        if booking:
+            booking.end()
     if isinstance(last, expected):
         return last
     assert isinstance(last, wire.Failed)

@@ -1,0 +1,168 @@
+"""Choose a worker by what it caches and what it has to do: the least work, in KV blocks, for the request and for the others.
+
+    cost(w) = blocks of prompts under way at w                                   (memory and decode steps)
+            + blocks that w has yet to compute, of the prompts sent to it        (the queue before this one)
+            + blocks of this prompt
+            - overlap_weight * (device + HOST_WEIGHT * host + DISK_WEIGHT * disk) blocks of it that w caches
+
+A worker that only pulls the prompt from another saves a transfer by what it caches, which counts `PULL_WEIGHT`. The cheapest
+is taken, equals by chance; with a temperature, costs are spread over 0 to 1 and drawn from a softmax.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from workers.frontend.book import Book, Booking, Key
+from workers.frontend.kv_view import NONE, KvView, Overlap
+from workers.frontend.wishes import Wishes
+
+HOST_WEIGHT = 0.75
+DISK_WEIGHT = 0.25
+PULL_WEIGHT = 0.1
+
+
+class Ask(Protocol):
+    """What is looked at of a request."""
+
+    @property
+    def prompt(self) -> bytes:
+        """Packed token ids."""
+        ...
+
+    @property
+    def adapter(self) -> str:
+        """The LoRA adapter, or empty."""
+        ...
+
+    @property
+    def wishes(self) -> Wishes:
+        """What the client said of who should answer."""
+        ...
+
+
+class KvCandidate(Protocol):
+    """What is looked at of a worker."""
+
+    @property
+    def key(self) -> Key:
+        """Its instance and rank."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """How caches count against load; see the module. An overlap weight of 0 is load alone."""
+
+    overlap: float = 1.0
+    temperature: float = 0.0
+
+
+@dataclass(slots=True)
+class Hits:
+    """Prompt tokens that were expected to be cached where they were sent, and that were."""
+
+    predicted_tokens: int = 0
+    actual_tokens: int = 0
+
+
+class KvBooking(Booking):
+    """A leg that was chosen by what workers cache; once it is sent, its prompt is expected to be cached there."""
+
+    __slots__ = ("_names", "_router", "_where", "cached_tokens")
+
+    def __init__(self, router: KvRouter, key: Key, blocks: int, tokens: int, names: Sequence[int], cached: int) -> None:
+        super().__init__(router.book, key, blocks, tokens)
+        self._router = router
+        self._where = key
+        self._names = names
+        self.cached_tokens = cached
+        """Prompt tokens that the worker is expected to have."""
+
+    def begin(self) -> None:
+        """The leg was sent."""
+        super().begin()
+        self._router.view.expect(self._where, self._names)
+        self._router.on_routed(self._where, self._names)
+
+    def hit(self, tokens: int) -> None:
+        """So many tokens of the prompt were cached."""
+        hits = self._router.hits
+        hits.predicted_tokens += self.cached_tokens
+        hits.actual_tokens += tokens
+
+
+class KvRouter:
+    """The mode `kv`."""
+
+    def __init__(self, view: KvView, book: Book, weights: Weights, rng: random.Random | None = None) -> None:
+        self.view = view
+        self.book = book
+        self.hits = Hits()
+        self.on_routed: Callable[[Key, Sequence[int]], None] = lambda key, names: None
+        """Told of each prompt that is sent, with the blocks that are new there."""
+        self._weights = weights
+        self._rng = rng or random.Random()
+
+    def pick(
+        self, candidates: Sequence[KvCandidate], ask: Ask, computes: bool, only: int | None = None
+    ) -> tuple[int, KvBooking]:
+        """The index of the worker, and the leg for the book; with `only` it is that one.
+
+        `computes` says whether the prompt is computed there.
+        """
+        tokens = len(ask.prompt) // 4
+        overlaps = self._overlaps(candidates, ask)
+        index = only
+        if index is None:
+            costs = [
+                self._cost(
+                    item.key, overlaps.get(item.key, NONE), tokens, self.view.block_size(item.key) or 1, computes
+                )
+                for item in candidates
+            ]
+            index = choose(costs, self._weights.temperature, self._rng)
+        key = candidates[index].key
+        size = self.view.block_size(key) or 1
+        names = ask.wishes.names(ask.prompt, ask.adapter, size)
+        have = overlaps.get(key, NONE).blocks
+        # The last token is computed in any case: a prompt that is cached whole is not all hit.
+        cached = min(have * size, max(tokens - 1, 0) // size * size)
+        blocks = -(-tokens // size)
+        new = names[overlaps.get(key, NONE).device :] if self.view.events else names
+        return index, KvBooking(self, key, blocks, tokens - cached if computes else 0, new, cached)
+
+    def cached_tokens(self, candidates: Sequence[KvCandidate], ask: Ask) -> int:
+        """The most tokens of the prompt that one of these has."""
+        found = self._overlaps(candidates, ask)
+        sizes = [found[item.key].blocks * self.view.block_size(item.key) for item in candidates if item.key in found]
+        return max(sizes, default=0)
+
+    def _overlaps(self, candidates: Sequence[KvCandidate], ask: Ask) -> dict[Key, Overlap]:
+        sizes = {self.view.block_size(item.key) for item in candidates} - {0}
+        if len(sizes) == 1:
+            return self.view.overlaps(ask.wishes.names(ask.prompt, ask.adapter, sizes.pop()))
+        found: dict[Key, Overlap] = {}
+        for size in sizes:  # blocks of one size are nobody's of another: their names differ
+            found |= self.view.overlaps(ask.wishes.names(ask.prompt, ask.adapter, size))
+        return found
+
+    def _cost(self, key: Key, overlap: Overlap, tokens: int, size: int, computes: bool) -> float:
+        load = self.book.load(key)
+        weight = self._weights.overlap * (1.0 if computes else PULL_WEIGHT)
+        saved = weight * (overlap.device + HOST_WEIGHT * overlap.host + DISK_WEIGHT * overlap.disk)
+        return load.blocks + load.tokens / size + max(0.0, tokens / size - saved)
+
+
+def choose(costs: Sequence[float], temperature: float, rng: random.Random) -> int:
+    """The index of a cost: the lowest, equals by chance; or by softmax where there is a temperature."""
+    lowest, highest = min(costs), max(costs)
+    if temperature <= 0 or lowest == highest:
+        equal = [index for index, cost in enumerate(costs) if cost == lowest]
+        return equal[0] if len(equal) == 1 else rng.choice(equal)
+    weights = [math.exp(-(cost - lowest) / (highest - lowest) / temperature) for cost in costs]
+    return rng.choices(range(len(costs)), weights)[0]
