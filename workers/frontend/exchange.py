@@ -138,17 +138,20 @@ class Pool:
             if link.card.kind is kind and link.usable and (not adapter or adapter in link.card.adapters)
         ]
 
-    def pick(self, kind: Kind, question: Question, avoid: set[str], source: Link | None = None) -> Target:
+    def pick(
+        self, kind: Kind, question: Question, avoid: set[str], fingerprint: str = "", computes: bool = True
+    ) -> Target:
         """A worker for a leg, not among those of `avoid` (instances) unless there is no other.
 
-        With a source, only workers that may pull a KV cache from it.
+        With a fingerprint, only workers that may pull a KV cache from a worker of that fingerprint. `computes` says whether
+        the prompt is computed there, not pulled.
 
         Raises:
             ApiError: 503, there is none; or the client's wishes cannot be followed.
         """
         usable = self.usable(kind, question.adapter)
-        if source is not None and source.card.fingerprint:
-            usable = [link for link in usable if link.card.fingerprint in ("", source.card.fingerprint)]
+        if fingerprint:
+            usable = [link for link in usable if link.card.fingerprint in ("", fingerprint)]
         links = [link for link in usable if link.card.instance not in avoid] or usable
         rank = -1 if kind is Kind.PREFILL else question.dp_rank
         targets = [target for link in links for target in _targets(link, rank)]
@@ -156,7 +159,7 @@ class Pool:
             loaded = f" with the adapter {question.adapter!r}" if question.adapter else ""
             asked = f" with data-parallel rank {rank}" if rank >= 0 else ""
             raise ApiError(503, f"no {kind} worker{loaded}{asked} is ready", retry_after_s=1)
-        index, booking = self.router.pick(kind, targets, question, computes=source is None)
+        index, booking = self.router.pick(kind, targets, question, computes)
         return replace(targets[index], booking=booking) if booking else targets[index]
 
     def local_reason(self, question: Question) -> Reason | None:
@@ -354,7 +357,7 @@ async def _attempt(pool: Pool, question: Question, relay: Relay, avoid: set[str]
         return await _whole(pool, Kind.DECODE, question, relay, avoid | pool.crowded(question, reason))
     source, prefilled = await _prefill(pool, question, relay, avoid)
     try:
-        target = pool.pick(Kind.DECODE, question, avoid, source)
+        target = pool.pick(Kind.DECODE, question, avoid, source.card.fingerprint, computes=False)
         if time.time() > prefilled.expires_at:
             raise LegLostError(wire.Failed(0, 503, "the prefill expired, or the nodes' clocks differ", True), "")
     except (ApiError, LegLostError):
