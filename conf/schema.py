@@ -123,8 +123,10 @@ class FrontendConf:
     """How a worker is chosen: kv, by what it caches of the prompt and what it has to do; least_loaded; round_robin; random;
     power_of_two, the less loaded of two at random; direct, by the client (header x-baton-worker). null is kv where vLLM
     engines cache prefixes and some role has more than one to choose from, else least_loaded."""
-    router_overlap_weight: float = 1.0
-    """kv: how much a cached block of a prompt counts against a block of load; 0 looks at load alone."""
+    router_overlap_weight: float = 2.0
+    """kv: how much a cached block of the prompt counts against a block that is queued to be computed; 0 looks at load alone."""
+    router_load_weight: float = 0.4
+    """kv: how much a block of a request that is being served counts against one that is queued to be computed."""
     router_temperature: float = 0.0
     """kv: 0 takes the best worker; more draws from a softmax over all, the flatter the higher it is."""
     router_ttl_s: float = 120.0

@@ -208,7 +208,8 @@ class Frontend:
     local_prefill_short_tokens: int
     local_prefill_behind_tokens: int
     local_prefill_room_tokens: int
-    router_overlap_weight: float = 1.0
+    router_overlap_weight: float = 2.0
+    router_load_weight: float = 0.4
     router_temperature: float = 0.0
     router_ttl_s: float = 120.0
     router_sessions: bool = False
@@ -219,10 +220,11 @@ class Frontend:
             raise ConfigError(f"frontend.processes is 1 to 8, got {self.processes}")
         if self.port is not None and not 1 <= self.port <= 65535:
             raise ConfigError(f"frontend.port is 1 to 65535, or null for one derived from the job, got {self.port}")
-        if self.router_overlap_weight < 0 or self.router_temperature < 0 or self.router_ttl_s <= 0:
+        weights = (self.router_overlap_weight, self.router_load_weight, self.router_temperature)
+        if min(weights) < 0 or self.router_ttl_s <= 0:
             raise ConfigError(
-                "frontend.router_overlap_weight and frontend.router_temperature are at least 0 and frontend.router_ttl_s above "
-                f"0, got {self.router_overlap_weight}, {self.router_temperature} and {self.router_ttl_s}"
+                "frontend.router_overlap_weight, router_load_weight and router_temperature are at least 0 and router_ttl_s "
+                f"above 0, got {weights} and {self.router_ttl_s}"
             )
 
 

@@ -181,7 +181,10 @@ def router_of(recipe: Recipe, plane: KvPlane) -> Router:
     if recipe.router is RouterMode.KV:
         events = recipe.publishes_kv_events
         view = KvView(plane.ask, events, PREDICTED_S if events else asked.router_ttl_s)
-        kv = KvRouter(view, Book(), Weights(overlap=asked.router_overlap_weight, temperature=asked.router_temperature))
+        weights = Weights(
+            overlap=asked.router_overlap_weight, load=asked.router_load_weight, temperature=asked.router_temperature
+        )
+        kv = KvRouter(view, Book(), weights)
         kv.on_routed = plane.routed
     direct = recipe.router is RouterMode.DIRECT
     return Router(

@@ -43,3 +43,11 @@ class KvMetrics(Collector):
             ("hit_tokens", "Prompt tokens found there.", hits.actual_tokens),
         ):
             yield CounterMetricFamily(f"{PREFIX}{name}", text, value=value)
+        for name, text, counter in (
+            ("requests", "Prompts sent, by worker.", hits.requests),
+            ("computed_tokens", "Prompt tokens that were not cached there, by worker.", hits.computed_tokens),
+        ):
+            family = CounterMetricFamily(f"{PREFIX}{name}", text, labels=["worker", "dp_rank"])
+            for (member, rank), number in counter.items():
+                family.add_metric([member, str(rank)], number)
+            yield family

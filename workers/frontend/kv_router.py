@@ -1,20 +1,22 @@
-"""Choose a worker by what it caches and what it has to do: the least work, in KV blocks, for the request and for the others.
+"""Choose a worker by what it caches and what it has to do, in KV blocks.
 
-    cost(w) = blocks of prompts under way at w                                   (memory and decode steps)
-            + blocks that w has yet to compute, of the prompts sent to it        (the queue before this one)
-            + blocks of this prompt
-            - overlap_weight * (device + HOST_WEIGHT * host + DISK_WEIGHT * disk) blocks of it that w caches
+    cost(w) = blocks of prompts sent to w that it has yet to compute             (the queue before this one)
+            + load_weight * blocks of the prompts under way at w                 (memory, and steps that take longer)
+            - overlap_weight * (device + HOST_WEIGHT * host + DISK_WEIGHT * disk) blocks of this prompt that w caches
 
-A worker that only pulls the prompt from another saves a transfer by what it caches, which counts `PULL_WEIGHT`. The cheapest
-is taken, equals by chance; with a temperature, costs are spread over 0 to 1 and drawn from a softmax.
+The cheapest is taken, equals by chance; with a temperature, costs are spread over 0 to 1 and drawn from a softmax. A worker
+that only pulls the prompt from another saves a transfer by what it caches, which counts `PULL_WEIGHT`. That the defaults
+are not one to one is measured (docs/routing.md): a block that is computed elsewhere is computed twice and cached twice, so
+that others go sooner; a block that is held by a running request costs the next one little.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from workers.frontend.book import Book, Booking, Key
@@ -53,30 +55,52 @@ class KvCandidate(Protocol):
         """Its instance and rank."""
         ...
 
+    @property
+    def member(self) -> str:
+        """Its name in the plan."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
     """How caches count against load; see the module. An overlap weight of 0 is load alone."""
 
-    overlap: float = 1.0
+    overlap: float = 2.0
+    load: float = 0.4
     temperature: float = 0.0
 
 
 @dataclass(slots=True)
 class Hits:
-    """Prompt tokens that were expected to be cached where they were sent, and that were."""
+    """Prompt tokens that were expected to be cached where they were sent, and that were; requests and the prompt tokens that
+    they left to compute, by member and rank.
+    """
 
     predicted_tokens: int = 0
     actual_tokens: int = 0
+    requests: Counter[tuple[str, int]] = field(default_factory=Counter)
+    computed_tokens: Counter[tuple[str, int]] = field(default_factory=Counter)
 
 
 class KvBooking(Booking):
     """A leg that was chosen by what workers cache; once it is sent, its prompt is expected to be cached there."""
 
-    __slots__ = ("_names", "_router", "_where", "cached_tokens")
+    __slots__ = ("_length", "_member", "_names", "_router", "_where", "cached_tokens")
 
-    def __init__(self, router: KvRouter, key: Key, blocks: int, tokens: int, names: Sequence[int], cached: int) -> None:
-        super().__init__(router.book, key, blocks, tokens)
+    def __init__(
+        self,
+        router: KvRouter,
+        chosen: KvCandidate,
+        blocks: int,
+        computes: bool,
+        length: int,
+        names: Sequence[int],
+        cached: int,
+    ) -> None:
+        key = chosen.key
+        super().__init__(router.book, key, blocks, length - cached if computes else 0)
+        self._member = chosen.member
+        self._length = length
         self._router = router
         self._where = key
         self._names = names
@@ -94,6 +118,9 @@ class KvBooking(Booking):
         hits = self._router.hits
         hits.predicted_tokens += self.cached_tokens
         hits.actual_tokens += tokens
+        where = (self._member, self._where[1])
+        hits.requests[where] += 1
+        hits.computed_tokens[where] += self._length - tokens
 
 
 class KvRouter:
@@ -120,9 +147,7 @@ class KvRouter:
         index = only
         if index is None:
             costs = [
-                self._cost(
-                    item.key, overlaps.get(item.key, NONE), tokens, self.view.block_size(item.key) or 1, computes
-                )
+                self._cost(item.key, overlaps.get(item.key, NONE), self.view.block_size(item.key) or 1, computes)
                 for item in candidates
             ]
             index = choose(costs, self._weights.temperature, self._rng)
@@ -134,7 +159,7 @@ class KvRouter:
         cached = min(have * size, max(tokens - 1, 0) // size * size)
         blocks = -(-tokens // size)
         new = names[overlaps.get(key, NONE).device :] if self.view.events else names
-        return index, KvBooking(self, key, blocks, tokens - cached if computes else 0, new, cached)
+        return index, KvBooking(self, candidates[index], blocks, computes, tokens, new, cached)
 
     def cached_tokens(self, candidates: Sequence[KvCandidate], ask: Ask) -> int:
         """The most tokens of the prompt that one of these has."""
@@ -151,11 +176,11 @@ class KvRouter:
             found |= self.view.overlaps(ask.wishes.names(ask.prompt, ask.adapter, size))
         return found
 
-    def _cost(self, key: Key, overlap: Overlap, tokens: int, size: int, computes: bool) -> float:
+    def _cost(self, key: Key, overlap: Overlap, size: int, computes: bool) -> float:
         load = self.book.load(key)
         weight = self._weights.overlap * (1.0 if computes else PULL_WEIGHT)
         saved = weight * (overlap.device + HOST_WEIGHT * overlap.host + DISK_WEIGHT * overlap.disk)
-        return load.blocks + load.tokens / size + max(0.0, tokens / size - saved)
+        return load.tokens / size + self._weights.load * load.blocks - saved
 
 
 def choose(costs: Sequence[float], temperature: float, rng: random.Random) -> int:

@@ -26,11 +26,6 @@ class Candidate(KvCandidate, Protocol):
     """What may be looked at of a worker."""
 
     @property
-    def member(self) -> str:
-        """Its name in the plan."""
-        ...
-
-    @property
     def in_flight(self) -> int:
         """Streams that this frontend has open there."""
         ...
