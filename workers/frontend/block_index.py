@@ -81,20 +81,18 @@ class BlockIndex:
         found: dict[int, int] = {}
         shards, low, left = self._shards, self._low, self._shown
         depth = 0
-        for name in names:
-            holders = shards[name & low].get(name, 0)
-            if also:
-                holders |= also.get(name, 0)
-            holders &= left
+        for depth, name in enumerate(names):
+            holders = shards[name & low].get(name, 0) & left
             if holders != left:
+                if also:
+                    holders |= also.get(name, 0) & left
                 if depth:
                     _note(found, left & ~holders, depth)
                 left = holders
                 if not left:
                     return found
-            depth += 1
-        if depth:
-            _note(found, left, depth)
+        if names:
+            _note(found, left, depth + 1)
         return found
 
     def run(self, holder: int, names: Sequence[int], start: int) -> int:

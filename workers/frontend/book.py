@@ -102,9 +102,21 @@ class Book:
             total.blocks += excess
         return total
 
+    def pressure(self, key: Key) -> tuple[int, int]:
+        """Blocks and tokens of `load`; what the router asks for every worker and request."""
+        if self._others or key in self._excess:
+            load = self.load(key)
+            return load.blocks, load.tokens
+        own = self.own.get(key)
+        return (own.blocks, own.tokens) if own is not None else (0, 0)
+
     def reported(self, key: Key, blocks: int) -> None:
         """A worker says how many blocks are in use."""
-        self._excess[key] = (max(0, blocks - self._booked(key).blocks), time.monotonic())
+        excess = blocks - self._booked(key).blocks
+        if excess > 0:
+            self._excess[key] = (excess, time.monotonic())
+        else:
+            self._excess.pop(key, None)
 
     def told(self, frontend: str, loads: Iterable[tuple[Key, Load]]) -> None:
         """Another frontend says what it has under way; this replaces what it said before."""

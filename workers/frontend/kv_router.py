@@ -142,45 +142,44 @@ class KvRouter:
 
         `computes` says whether the prompt is computed there.
         """
-        tokens = len(ask.prompt) // 4
-        overlaps = self._overlaps(candidates, ask)
+        keys = [item.key for item in candidates]
+        sizes = [self.view.block_size(key) for key in keys]
+        overlaps = self._overlaps(set(sizes), ask)
         index = only
         if index is None:
+            weight = self._weights.overlap * (1.0 if computes else PULL_WEIGHT)
             costs = [
-                self._cost(item.key, overlaps.get(item.key, NONE), self.view.block_size(item.key) or 1, computes)
-                for item in candidates
+                self._cost(key, size, overlaps.get(key, NONE), weight) for key, size in zip(keys, sizes, strict=True)
             ]
             index = choose(costs, self._weights.temperature, self._rng)
-        key = candidates[index].key
-        size = self.view.block_size(key) or 1
+        key, size = keys[index], sizes[index] or 1
+        tokens = len(ask.prompt) // 4
         names = ask.wishes.names(ask.prompt, ask.adapter, size)
-        have = overlaps.get(key, NONE).blocks
+        found = overlaps.get(key, NONE)
         # The last token is computed in any case: a prompt that is cached whole is not all hit.
-        cached = min(have * size, max(tokens - 1, 0) // size * size)
-        blocks = -(-tokens // size)
-        new = names[overlaps.get(key, NONE).device :] if self.view.events else names
-        return index, KvBooking(self, candidates[index], blocks, computes, tokens, new, cached)
+        cached = min(found.blocks * size, max(tokens - 1, 0) // size * size)
+        new = names[found.device :] if self.view.events else names
+        return index, KvBooking(self, candidates[index], -(-tokens // size), computes, tokens, new, cached)
 
     def cached_tokens(self, candidates: Sequence[KvCandidate], ask: Ask) -> int:
         """The most tokens of the prompt that one of these has."""
-        found = self._overlaps(candidates, ask)
-        sizes = [found[item.key].blocks * self.view.block_size(item.key) for item in candidates if item.key in found]
-        return max(sizes, default=0)
+        keys = [item.key for item in candidates]
+        found = self._overlaps({self.view.block_size(key) for key in keys}, ask)
+        return max((found[key].blocks * self.view.block_size(key) for key in keys if key in found), default=0)
 
-    def _overlaps(self, candidates: Sequence[KvCandidate], ask: Ask) -> dict[Key, Overlap]:
-        sizes = {self.view.block_size(item.key) for item in candidates} - {0}
-        if len(sizes) == 1:
-            return self.view.overlaps(ask.wishes.names(ask.prompt, ask.adapter, sizes.pop()))
+    def _overlaps(self, sizes: set[int], ask: Ask) -> dict[Key, Overlap]:
+        """What every worker with blocks of one of these sizes has of a prompt; 0 stands for those that are unknown."""
         found: dict[Key, Overlap] = {}
-        for size in sizes:  # blocks of one size are nobody's of another: their names differ
+        for size in sizes - {0}:  # blocks of one size are nobody's of another: their names differ
             found |= self.view.overlaps(ask.wishes.names(ask.prompt, ask.adapter, size))
         return found
 
-    def _cost(self, key: Key, overlap: Overlap, size: int, computes: bool) -> float:
-        load = self.book.load(key)
-        weight = self._weights.overlap * (1.0 if computes else PULL_WEIGHT)
-        saved = weight * (overlap.device + HOST_WEIGHT * overlap.host + DISK_WEIGHT * overlap.disk)
-        return load.tokens / size + self._weights.load * load.blocks - saved
+    def _cost(self, key: Key, size: int, overlap: Overlap, weight: float) -> float:
+        blocks, tokens = self.book.pressure(key)
+        cost = tokens / (size or 1) + self._weights.load * blocks - weight * overlap.device
+        if overlap.host or overlap.disk:
+            cost -= weight * (HOST_WEIGHT * overlap.host + DISK_WEIGHT * overlap.disk)
+        return cost
 
 
 def choose(costs: Sequence[float], temperature: float, rng: random.Random) -> int:
