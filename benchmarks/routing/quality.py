@@ -239,8 +239,8 @@ def oracle(workers: list[Worker], ask: Ask, now: float) -> tuple[int, None]:
     return min(ranked)[3], None
 
 
-def no_eviction(talks: list[list[Turn]]) -> float:
-    """The share of prompt tokens that one cache without bounds would find, prompts in the order of their conversations."""
+def no_eviction(talks: list[list[Turn]], answers: bool = True) -> float:
+    """The share of prompt tokens that one cache without bounds would find; without `answers` it keeps prompts only."""
     seen: set[int] = set()
     found = asked = 0
     for turn in sorted((turn for turns in talks for turn in turns), key=lambda turn: (turn.start_s, turn.number)):
@@ -248,7 +248,8 @@ def no_eviction(talks: list[list[Turn]]) -> float:
         depth = next((number for number, name in enumerate(names) if name not in seen), len(names))
         found += min(depth * BLOCK, (len(turn.prompt) - 1) // BLOCK * BLOCK)
         asked += len(turn.prompt)
-        seen.update(chain(pack((*turn.prompt, *echoed(turn.prompt, turn.answer))[:-1]), BLOCK, root()))
+        whole = (*turn.prompt, *echoed(turn.prompt, turn.answer))[:-1] if answers else turn.prompt
+        seen.update(chain(pack(whole), BLOCK, root()))
     return found / asked
 
 

@@ -4,7 +4,8 @@
     python -m benchmarks.routing.replay dynamo --python PATH/OF/ITS/VENV/bin/python
 
 Ours runs eight echo workers with a prefix cache of `quality.BLOCKS` blocks that compute `quality.TOKENS_PER_S` prompt tokens
-a second; Dynamo its mocker with eight workers of as many blocks, at its own pace. Turns come when they are due (`--speed`
+a second; Dynamo its mocker with eight workers of as many blocks, at its own pace. The mocker answers with other tokens than an
+echo, so that the next turn finds the prompt in its cache but not the answer, and there is less to be found. Turns come when they are due (`--speed`
 times as fast as the trace says) and their conversation's last answer has come. Printed are the share of prompt tokens that
 `usage` says were cached, and for the busiest worker over the mean the requests, and the tokens computed and answered.
 """
@@ -127,7 +128,7 @@ def launched(folder: Path, overrides: Sequence[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def dynamo(folder: Path, python: str, mode: str) -> Iterator[tuple[list[str], str]]:
+def dynamo(folder: Path, python: str, mode: str, more: Sequence[str]) -> Iterator[tuple[list[str], str]]:
     """Dynamo's frontend and eight of its mockers; yields the URL and any key."""
     port = _free_port()
     env = os.environ | {
@@ -142,6 +143,7 @@ def dynamo(folder: Path, python: str, mode: str) -> Iterator[tuple[list[str], st
     mocker = ["dynamo.mocker", "--model-path", model, "--model-name", "tiny", "--num-workers", str(quality.WORKERS)]
     front = ["dynamo.frontend", "--http-port", str(port), "--router-mode", mode]
     front += ["--kv-cache-block-size", str(quality.BLOCK)] if mode == "kv" else []
+    front += [f"--{option}" for option in more]
     with (folder / "dynamo.log").open("w") as log:
         running = [
             subprocess.Popen([python, "-m", *argv, *planes], env=env, stdout=log, stderr=log)
@@ -184,6 +186,9 @@ def main() -> None:
     parser.add_argument("system", choices=("baton", "dynamo"))
     parser.add_argument("--router", default="kv")
     parser.add_argument("--python", default=sys.executable)
+    parser.add_argument(
+        "--more", nargs="*", default=[], help="more of Dynamo's frontend's options, without their dashes"
+    )
     parser.add_argument("--frontends", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=4.0)
@@ -197,7 +202,7 @@ def main() -> None:
         serving = (
             baton(folder, asked.router, asked.frontends)
             if asked.system == "baton"
-            else dynamo(folder, asked.python, asked.router)
+            else dynamo(folder, asked.python, asked.router, asked.more)
         )
         with serving as (urls, key):
             parts = [talks[number :: len(urls)] for number in range(len(urls))]
@@ -230,7 +235,7 @@ def main() -> None:
         f"busiest / mean {', '.join(f'{name} {value:.2f}' for name, value in spread.items()) or 'unknown'} "
         f"({len(whole.requests)} workers), "
         f"whole answer p50 {1000 * statistics.median(whole.seconds):.0f} ms; "
-        f"no eviction would be {quality.no_eviction(talks):.3f}"
+        f"no eviction would be {quality.no_eviction(talks, answers=asked.system == 'baton'):.3f}"
     )
 
 
