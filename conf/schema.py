@@ -91,6 +91,10 @@ class EngineConf:
     four times as long while the engine's processes compute."""
     echo_interval_s: float = 0.0
     """Seconds between the tokens of the echo engine; 0 is as fast as it can."""
+    echo_cache_blocks: int = 0
+    """KV blocks of the prefix cache that the echo engine pretends to have, and tells of as vLLM does; 0 is none."""
+    echo_prefill_tokens_per_s: float = 0.0
+    """Prompt tokens that the echo engine pretends to compute in a second, one prompt after the other; 0 takes no time."""
     connector: Any = "nixl"
     """What moves KV cache out of an engine: nixl (from prefill to decode), lmcache, kvbm (offload and share), none, a list
     of these, or vLLM's kv_transfer_config as a mapping or JSON text."""
@@ -100,7 +104,8 @@ class EngineConf:
     kv_lease_s: int = 30
     """Seconds that a prefill engine keeps the blocks of a prompt for its decode."""
     kv_events: bool | None = None
-    """Engines publish which blocks they cache; null where the router needs it, which no mode of today does."""
+    """Engines publish which blocks they cache; null where the router needs it (frontend.router=kv). With false that router
+    guesses from what it has sent where."""
 
 
 @dataclass
@@ -121,8 +126,23 @@ class FrontendConf:
     """Frontend processes on rank 0, each with a port of its own."""
     port: int | None = None
     """HTTP port of the first frontend; null derives one from the job, so that deployments on one machine do not meet."""
-    router: str = "least_loaded"
-    """How a worker is chosen: round_robin or least_loaded."""
+    router: str | None = None
+    """How a worker is chosen: kv, by what it caches of the prompt and what it has to do; least_loaded; round_robin; random;
+    power_of_two, the less loaded of two at random; direct, by the client (header x-baton-worker). null is kv where vLLM
+    engines cache prefixes and some role has more than one to choose from, else least_loaded."""
+    router_overlap_weight: float = 2.0
+    """kv: how much a cached block of the prompt counts against a block that is queued to be computed; 0 looks at load alone."""
+    router_load_weight: float = 0.4
+    """kv: how much a block of a request that is being served counts against one that is queued to be computed."""
+    router_temperature: float = 0.0
+    """kv: 0 takes the best worker; more draws from a softmax over all, the flatter the higher it is."""
+    router_ttl_s: float = 120.0
+    """kv with engine.kv_events=false: seconds for which a prompt is taken to stay cached where it was sent."""
+    router_sessions: bool = False
+    """A client's session (header x-session-id, or the body's prompt_cache_key or user) keeps its worker, unless that has a
+    quarter more streams than its share; before the mode is asked."""
+    router_direct: bool = False
+    """Clients may name workers in the header x-baton-worker (prefill-0,decode-1: one for each role)."""
     stall_timeout_s: float = 5.0
     """Seconds of silence after which a worker leaves the routing until it is heard again."""
     max_body_bytes: int = 67108864

@@ -125,7 +125,9 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
         frontend=Frontend(
             **_fields(
                 written.frontend,
-                router=word(RouterMode, "frontend.router", written.frontend.router),
+                router=word(RouterMode, "frontend.router", written.frontend.router)
+                if written.frontend.router
+                else None,
                 local_prefill=word(LocalPrefillMode, "frontend.local_prefill", written.frontend.local_prefill),
             )
         ),

@@ -87,8 +87,12 @@ class LoadFailure(StrEnum):
 class RouterMode(StrEnum):
     """How a worker is chosen among those of a role."""
 
+    KV = "kv"
     ROUND_ROBIN = "round_robin"
+    RANDOM = "random"
+    POWER_OF_TWO = "power_of_two"
     LEAST_LOADED = "least_loaded"
+    DIRECT = "direct"
 
 
 class LocalPrefillMode(StrEnum):
@@ -160,6 +164,8 @@ class Engine:
     canary_interval_s: float
     canary_timeout_s: float
     echo_interval_s: float
+    echo_cache_blocks: int = 0
+    echo_prefill_tokens_per_s: float = 0.0
     connector: tuple[str | Mapping[str, Any], ...] = ("nixl",)
     kv_load_failure: LoadFailure = LoadFailure.FAIL
     kv_lease_s: int = 30
@@ -215,7 +221,7 @@ class Frontend:
 
     processes: int
     port: int | None
-    router: RouterMode
+    router: RouterMode | None
     stall_timeout_s: float
     max_body_bytes: int
     local_prefill: LocalPrefillMode
@@ -229,6 +235,12 @@ class Frontend:
     files_max_bytes: int = 1 << 30
     batch_concurrency: int = 8
     otlp_endpoint: str | None = None
+    router_overlap_weight: float = 2.0
+    router_load_weight: float = 0.4
+    router_temperature: float = 0.0
+    router_ttl_s: float = 120.0
+    router_sessions: bool = False
+    router_direct: bool = False
 
     def __post_init__(self) -> None:
         if (self.tls_cert is None) is not (self.tls_key is None):
@@ -253,6 +265,12 @@ class Frontend:
             raise ConfigError(f"frontend.processes is 1 to 8, got {self.processes}")
         if self.port is not None and not 1 <= self.port <= 65535:
             raise ConfigError(f"frontend.port is 1 to 65535, or null for one derived from the job, got {self.port}")
+        weights = (self.router_overlap_weight, self.router_load_weight, self.router_temperature)
+        if min(weights) < 0 or self.router_ttl_s <= 0:
+            raise ConfigError(
+                "frontend.router_overlap_weight, router_load_weight and router_temperature are at least 0 and router_ttl_s "
+                f"above 0, got {weights} and {self.router_ttl_s}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,6 +351,12 @@ class Recipe:
             raise ConfigError(
                 "aggregated and embedding engines mix with no other role but encode in one deployment: launch two"
             )
+        if self.frontend.router is RouterMode.KV and self.engine.kv_events is not False and not self._caches:
+            raise ConfigError(
+                "frontend.router=kv follows what engines cache, but these cache no prefixes: leave out "
+                "enable_prefix_caching=false (engine.echo_cache_blocks for echo engines), or let the router guess with "
+                "engine.kv_events=false"
+            )
 
     def _refuse_unequal(self) -> None:
         pair = [role for role in self.roles if role.kind is not Kind.ENCODE]
@@ -353,6 +377,32 @@ class Recipe:
     def scheme(self) -> str:
         """What frontends speak: http or https."""
         return "http" if self.frontend.tls_cert is None else "https"
+
+    @property
+    def router(self) -> RouterMode:
+        """How workers are chosen: as the recipe says, or else by KV cache where there is a choice and engines cache prefixes."""
+        if self.frontend.router is not None:
+            return self.frontend.router
+        choice = any(role.replicas * role.data_parallel > 1 for role in self.roles)
+        kv = choice and self._caches and self.engine.backend is Backend.VLLM
+        return RouterMode.KV if kv and self.engine.kv_events is not False else RouterMode.LEAST_LOADED
+
+    @property
+    def publishes_kv_events(self) -> bool:
+        """Whether engines tell what they cache: as the recipe says, or else where the router needs it."""
+        if self.engine.kv_events is not None:
+            return self.engine.kv_events
+        return self.router is RouterMode.KV
+
+    @property
+    def _caches(self) -> bool:
+        """Whether all engines keep the KV blocks of prompts that they have computed, for the next that begins alike."""
+        if any(role.kind is Kind.EMBEDDING for role in self.roles):
+            return False
+        if self.engine.backend is Backend.ECHO:
+            return self.engine.echo_cache_blocks > 0
+        told = [self._value(role, "enable_prefix_caching") for role in self.roles if role.kind is not Kind.ENCODE]
+        return all(value is None or value for value in told)
 
     @property
     def disaggregated(self) -> bool:

@@ -58,7 +58,7 @@ async def pool(deployment: Deployment) -> AsyncIterator[Pool]:
     assert control
     recipe = deployment.run.recipe()
     links = Links(control.worker_public, 5.0, lambda: None)
-    modes = {kind: mode(recipe.frontend.router) for kind in Kind}
+    modes = {kind: mode(recipe.router) for kind in Kind}
     found = Pool(links, modes, recipe.disaggregated, lambda kind: None)
     async with Etcd(control.etcd_url, control.etcd_user, control.etcd_password) as etcd, asyncio.TaskGroup() as group:
         tasks = [

@@ -97,7 +97,7 @@ def test_vllm_s_count_of_ranks_leads_to_the_ports_of_the_plan() -> None:
 @pytest.mark.parametrize(("word", "expected"), [("null", False), ("false", False), ("true", True)])
 @pytest.mark.parametrize("member", ["prefill-0", "decode-0"])
 def test_kv_events_are_published_where_they_are_asked_for(member: str, word: str, expected: bool) -> None:
-    """By both sides alike; no router mode of today asks by itself."""
+    """By both sides alike; where there is one worker to choose, the router needs none."""
     assert ("kv_events_config" in arguments("tiny_disagg", member, f"engine.kv_events={word}")) is expected
 
 

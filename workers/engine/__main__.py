@@ -28,7 +28,7 @@ from launch.records import Control, RunDirectory
 from slurm.children import report
 from slurm.places import Place, places
 from slurm.together import GENERATION
-from workers.engine import connectors, orphans, ray_cluster
+from workers.engine import connectors, kv, orphans, ray_cluster
 from workers.engine.arguments import engine_arguments, fingerprint, role_of
 from workers.engine.base import Engine
 from workers.engine.checks import check_engines
@@ -129,8 +129,13 @@ def build(recipe: Recipe, role: Role, arguments: dict[str, Any]) -> Engine:
         from tokenizers import Tokenizer
 
         from workers.engine.echo import EchoEngine
+        from workers.engine.echo_cache import CachingEcho
 
-        return EchoEngine(Tokenizer.from_file(f"{recipe.model.path}/tokenizer.json"), recipe.engine.echo_interval_s)
+        tokenizer, asked = Tokenizer.from_file(f"{recipe.model.path}/tokenizer.json"), recipe.engine
+        if asked.echo_cache_blocks:
+            rate = asked.echo_prefill_tokens_per_s
+            return CachingEcho(tokenizer, asked.echo_interval_s, asked.echo_cache_blocks, rate)
+        return EchoEngine(tokenizer, asked.echo_interval_s)
     from workers.engine import vllm_engine
 
     # Slurm signals every process of a step. An engine core that gets SIGTERM aborts what it runs unless it has time.
@@ -180,7 +185,8 @@ async def serve(
         ]
         # Before it is registered a restarted worker has its adapters again: those who ask for one must not miss it.
         async with (
-            operated(control, recipe, member.name, engine, gate, offer.update, kept),
+            kv.published(recipe, member, place, control, engine, offer.card, context) as on_cleared,
+            operated(control, recipe, member.name, engine, gate, offer.update, kept, on_cleared),
             registered(etcd, recipe.name, offer.card, recipe.control.lease_ttl_s) as offer.registration,
         ):
             report("ready")
@@ -238,6 +244,7 @@ def card_of(recipe: Recipe, member: Member, place: Place, engine: Engine) -> Car
         dp_first=dp_first,
         dp_count=dp_count,
         fingerprint=fingerprint(recipe, role, engine.sizes.version),
+        kv_blocks=engine.sizes.kv_blocks,
     )
 
 

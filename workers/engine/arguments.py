@@ -67,7 +67,7 @@ def engine_arguments(
     encoded = ec_transfer_config(recipe, member.kind, encoder_cache)
     if encoded:
         arguments["ec_transfer_config"] = encoded
-    if recipe.engine.kv_events and member.kind not in (Kind.EMBEDDING, Kind.ENCODE):
+    if recipe.publishes_kv_events and member.kind not in (Kind.EMBEDDING, Kind.ENCODE):
         arguments["kv_events_config"] = _kv_events(member, places[member.rank])
     return arguments | split(merged(recipe, role))[0]
 

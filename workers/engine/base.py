@@ -90,13 +90,15 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """What a frontend must know of an engine. `lease_s` is how long a prefill's blocks are kept for its decode."""
+    """What a frontend must know of an engine. `lease_s` is how long a prefill's blocks are kept for its decode, `kv_blocks`
+    how many blocks one data-parallel rank has room for; 0 if unknown."""
 
     max_model_len: int
     block_size: int
     lease_s: float
     version: str
     tasks: tuple[str, ...] = ("generate",)
+    kv_blocks: int = 0
 
 
 class RefusedError(Exception):

@@ -104,7 +104,9 @@ Publish = Callable[..., Awaitable[None]]
 
 
 class Operations:
-    """The operations of one worker. `publish(**fields)` changes its card, or raises."""
+    """The operations of one worker. `publish(**fields)` changes its card, or raises; `on_cleared` is told that the engine has
+    dropped its KV cache.
+    """
 
     def __init__(
         self,
@@ -114,11 +116,13 @@ class Operations:
         drain_s: float,
         lora_dirs: Sequence[str] = (),
         keep: Keep = lambda folders: None,
+        on_cleared: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._operable = engine.operable
         self._gate = gate
         self._publish = publish
+        self._on_cleared = on_cleared
         self._drain_s = drain_s
         self._lock = asyncio.Lock()
         self._now: Operation | None = None
@@ -211,6 +215,7 @@ class Operations:
                     "the cache was not cleared: some of its blocks are in use by requests that run, or by prefills whose "
                     "decode has not pulled them; try again, or `drain` first",
                 )
+        self._on_cleared()
         return {"cleared": True}
 
     async def _drain(self, asked: commands.Withdraw) -> dict[str, Any]:
@@ -234,6 +239,7 @@ class Operations:
                 await self._engine_does(self._operable.pause())
             undo.push_async_callback(self._rouse)
             await self._engine_does(self._operable.sleep(asked.level))
+        self._on_cleared()
         self.state, self._level = State.ASLEEP, asked.level
         return {"given_back": given_back, "state": self.state, "level": asked.level}
 
@@ -364,13 +370,22 @@ class Operations:
 
 @asynccontextmanager
 async def operated(
-    control: Control, recipe: Recipe, member: str, engine: Engine, gate: Gate, publish: Publish, kept: KeptAdapters
+    control: Control,
+    recipe: Recipe,
+    member: str,
+    engine: Engine,
+    gate: Gate,
+    publish: Publish,
+    kept: KeptAdapters,
+    on_cleared: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Operations]:
     """Take commands for as long as the block runs; those that come meanwhile are answered, the rest find nobody.
 
     Entered, the adapters are loaded that a worker in this place had before.
     """
-    operations = Operations(engine, gate, publish, recipe.engine.drain_s, recipe.engine.lora_dirs, kept.write)
+    operations = Operations(
+        engine, gate, publish, recipe.engine.drain_s, recipe.engine.lora_dirs, kept.write, on_cleared
+    )
     await operations.adapters.restore(await asyncio.to_thread(kept.read))
     async with asyncio.TaskGroup() as group:
         work = commands.serve_commands(control, recipe.name, member, operations.perform)

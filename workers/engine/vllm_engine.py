@@ -66,6 +66,7 @@ class VllmEngine:
             lease_s=lease_s(dataclasses.asdict(passed) if passed else None, KV_LEASE_S),
             version=__version__,
             tasks=(runner,),
+            kv_blocks=(config.cache_config.num_gpu_blocks or 0) // max(parallel.data_parallel_size, 1),
         )
 
     async def rendered(self, ask: Ask) -> Ask:

@@ -16,7 +16,7 @@ import uvloop
 
 from launch.errors import ConfigError
 from launch.plan import FRONTEND_PORT, plan
-from launch.recipe import Kind, Recipe
+from launch.recipe import Kind, Recipe, RouterMode
 from launch.records import Control, RunDirectory
 from slurm.children import report
 from slurm.places import Place, places
@@ -25,15 +25,20 @@ from workers.frontend import tls
 from workers.frontend.admin import Admin
 from workers.frontend.app import App
 from workers.frontend.batches import Batches
+from workers.frontend.book import Book
 from workers.frontend.errors import error_body
 from workers.frontend.exchange import Pool
 from workers.frontend.files import Drawer, Files
 from workers.frontend.http import Request, Server
+from workers.frontend.kv_metrics import KvMetrics
+from workers.frontend.kv_plane import KvPlane
+from workers.frontend.kv_router import KvRouter, Weights
+from workers.frontend.kv_view import PREDICTED_S, KvView
 from workers.frontend.links import Links
 from workers.frontend.local import LocalPrefill
 from workers.frontend.metrics import Metrics
 from workers.frontend.reply import Kept
-from workers.frontend.router import mode
+from workers.frontend.router import Router, mode
 from workers.frontend.service import Served
 from workers.frontend.sources import worker_tokenizes
 from workers.frontend.stored import Store
@@ -43,7 +48,7 @@ from workers.runtime.commands import Commander
 from workers.runtime.etcd import Etcd
 from workers.runtime.events import LoadEvent, follow_load
 from workers.runtime.logs import set_up_logging
-from workers.runtime.registry import follow
+from workers.runtime.registry import Card, follow
 
 log = logging.getLogger("workers.frontend")
 
@@ -93,16 +98,30 @@ async def serve(
         loop.add_signal_handler(signum, stop.set)
     metrics = Metrics()
     readiness = Readiness()
-    links = Links(control.worker_public, recipe.frontend.stall_timeout_s, lambda: readiness.look(pool))
+
+    def on_change() -> None:
+        if router.kv:
+            router.kv.view.follow(cards())
+        readiness.look(pool)
+
+    def cards() -> list[Card]:
+        return [link.card for link in links if link.card.kind is not Kind.ENCODE]
+
+    links = Links(control.worker_public, recipe.frontend.stall_timeout_s, on_change)
+    plane = KvPlane(control, recipe.name, name, alone=recipe.frontend.processes == 1)
+    router = router_of(recipe, plane)
+    if router.kv:
+        metrics.registry.register(KvMetrics(router.kv))
     pool = Pool(
         links,
-        {kind: mode(recipe.frontend.router) for kind in Kind},
+        router.choose,
         recipe.disaggregated,
         lambda kind: metrics.legs.labels(kind).inc(),
         needed=tuple(role.kind for role in recipe.roles),
         local=local_prefill(recipe),
         on_local=lambda reason: metrics.local_prefills.labels(reason).inc(),
         on_resumed=metrics.resumed.inc,
+        router=router,
     )
     served = Served(
         name=recipe.model.name,
@@ -147,12 +166,16 @@ async def serve(
     async with etcd, asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(follow(etcd, recipe.name, links.update), name="discovery"),
-            group.create_task(follow_load(control, recipe.name, name, lambda event: note(links, event)), name="load"),
+            group.create_task(
+                follow_load(control, recipe.name, name, lambda event: note(links, router, event)), name="load"
+            ),
             group.create_task(links.keep(), name="links"),
             group.create_task(commander.keep(), name="commands"),
         ]
         if first:
             tasks.append(group.create_task(batches.work(asks(app, api_key)), name="batches"))
+        if router.kv:
+            tasks.append(group.create_task(plane.keep(router.kv.view, router.kv.book, cards), name="kv"))
         report("ready")
         await stop.wait()
         report("draining")
@@ -240,6 +263,28 @@ class Readiness:
             )
 
 
+def router_of(recipe: Recipe, plane: KvPlane) -> Router:
+    """How the recipe wants workers to be chosen; the view and the book of mode kv are kept by the plane."""
+    asked = recipe.frontend
+    kv = None
+    if recipe.router is RouterMode.KV:
+        events = recipe.publishes_kv_events
+        view = KvView(plane.ask, events, PREDICTED_S if events else asked.router_ttl_s)
+        weights = Weights(
+            overlap=asked.router_overlap_weight, load=asked.router_load_weight, temperature=asked.router_temperature
+        )
+        kv = KvRouter(view, Book(), weights)
+        kv.on_routed = plane.routed
+    direct = recipe.router is RouterMode.DIRECT
+    return Router(
+        choose={kind: mode(recipe.router) for kind in Kind},
+        kv=kv,
+        sessions=asked.router_sessions,
+        direct=asked.router_direct or direct,
+        must_name=direct,
+    )
+
+
 def local_prefill(recipe: Recipe) -> LocalPrefill:
     """When decode workers compute prompts themselves."""
     return LocalPrefill(
@@ -255,11 +300,17 @@ def context_of(links: Links) -> int:
     return min((link.card.max_model_len for link in links), default=0)
 
 
-def note(links: Links, event: LoadEvent) -> None:
+def note(links: Links, router: Router, event: LoadEvent) -> None:
     """Keep what a worker reported for the router."""
     link = links.by_member(event.member)
-    if link is not None and link.card.instance == event.instance:
-        link.report(event.waiting)
+    if link is None or link.card.instance != event.instance:
+        return
+    link.report(event.waiting)
+    if router.kv:
+        card = link.card
+        for rank in range(card.dp_first, card.dp_first + card.dp_count):
+            # Of several ranks the fullest one is reported: an excess that all share does not move a choice among them.
+            router.kv.book.reported((card.instance, rank), round(event.kv_usage * card.kv_blocks))
 
 
 if __name__ == "__main__":

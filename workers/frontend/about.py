@@ -62,6 +62,9 @@ class About:
             status, state = 503, {"status": "unavailable", "reason": service.reason(missing)}
         elif missing:
             status, state = 200, {"status": "degraded", "reason": service.reason(missing)}
+        elif troubles := service.pool.troubles:
+            reason = f"requests are routed with less than was asked for: {'; '.join(troubles)}"
+            status, state = 200, {"status": "degraded", "reason": reason}
         else:
             status, state = 200, {"status": "ready"}
         reply.respond(status, msgspec.json.encode(state))

@@ -11,15 +11,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from launch.recipe import Kind
+from workers.frontend.book import Key
 from workers.frontend.errors import ApiError
+from workers.frontend.kv_router import KvBooking
 from workers.frontend.links import LOST, Link, Links
 from workers.frontend.local import LocalPrefill, Reason
-from workers.frontend.router import Mode
+from workers.frontend.router import Mode, Router
+from workers.frontend.wishes import Wishes
 from workers.runtime import wire
 
 L = TypeVar("L", wire.End, wire.Prefilled, wire.Called)
@@ -53,6 +56,7 @@ class Question:
     features: bytes = b""
     guess: int = 0
     media: bool = False
+    wishes: Wishes = field(default_factory=Wishes)
 
     @property
     def tokens(self) -> int:
@@ -78,10 +82,29 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A worker, and where it has several data-parallel ranks one of them; -1 for the only one."""
+    """A worker, and where it has several data-parallel ranks one of them; -1 for the only one.
+
+    `booking` is the leg in the router's book, where it keeps one.
+    """
 
     link: Link
     rank: int = -1
+    booking: KvBooking | None = None
+
+    @property
+    def key(self) -> Key:
+        """Its instance and rank."""
+        card = self.link.card
+        return card.instance, max(self.rank, card.dp_first)
+
+    @property
+    def member(self) -> str:
+        """Its name in the plan."""
+        return self.link.card.member
+
+    def tokens(self, question: Question) -> int:
+        """Prompt tokens that it has to compute, as far as is known."""
+        return self.booking.tokens if self.booking else question.tokens
 
     @property
     def in_flight(self) -> int:
@@ -100,16 +123,17 @@ class Pool:
     def __init__(
         self,
         links: Links,
-        choose: dict[Kind, Mode],
+        choose: Mapping[Kind, Mode],
         disaggregated: bool,
         on_leg: Callable[[Kind], None],
         needed: tuple[Kind, ...] | None = None,
         local: LocalPrefill | None = None,
         on_local: Callable[[Reason], None] = lambda reason: None,
         on_resumed: Callable[[], None] = lambda: None,
+        router: Router | None = None,
     ) -> None:
         self._links = links
-        self._choose = choose
+        self.router = router or Router(choose=choose)
         self._needed = needed or ((Kind.PREFILL, Kind.DECODE) if disaggregated else (Kind.AGGREGATED,))
         self._local = local or LocalPrefill()
         self.disaggregated = disaggregated
@@ -125,13 +149,16 @@ class Pool:
             if link.card.kind is kind and link.usable and (not adapter or adapter in link.card.adapters)
         ]
 
-    def pick(self, kind: Kind, question: Question, avoid: set[str], fingerprint: str = "") -> Target:
+    def pick(
+        self, kind: Kind, question: Question, avoid: set[str], fingerprint: str = "", computes: bool = True
+    ) -> Target:
         """A worker for a leg, not among those of `avoid` (instances) unless there is no other.
 
-        With a fingerprint, only workers that may pull a KV cache from a worker of that fingerprint.
+        With a fingerprint, only workers that may pull a KV cache from a worker of that fingerprint. `computes` says whether
+        the prompt is computed there, not pulled.
 
         Raises:
-            ApiError: 503, there is none.
+            ApiError: 503, there is none; or the client's wishes cannot be followed.
         """
         usable = self.usable(kind, question.adapter)
         if fingerprint:
@@ -143,7 +170,8 @@ class Pool:
             loaded = f" with the adapter {question.adapter!r}" if question.adapter else ""
             asked = f" with data-parallel rank {rank}" if rank >= 0 else ""
             raise ApiError(503, f"no {kind} worker{loaded}{asked} is ready", retry_after_s=1)
-        return targets[self._choose[kind](targets)]
+        index, booking = self.router.pick(kind, targets, question, computes)
+        return replace(targets[index], booking=booking) if booking else targets[index]
 
     def local_reason(self, question: Question) -> Reason | None:
         """Why a decode worker should compute this prompt itself; None when a prefill worker should."""
@@ -154,8 +182,16 @@ class Pool:
             return Reason.READS_PROMPT
         decodes = self.usable(Kind.DECODE, question.adapter)
         return self._local.reason(
-            question.tokens, [link.prefilling for link in prefills], [link.prefilling for link in decodes]
+            question.tokens,
+            [link.prefilling for link in prefills],
+            [link.prefilling for link in decodes],
+            lambda: self._cached_tokens(decodes, question),
         )
+
+    def _cached_tokens(self, links: list[Link], question: Question) -> int:
+        """The most tokens of a prompt that one of these workers caches, as far as is known."""
+        kv = self.router.kv
+        return kv.cached_tokens([target for link in links for target in _targets(link, -1)], question) if kv else 0
 
     def crowded(self, question: Question, reason: Reason) -> set[str]:
         """Instances of decode workers that have no room for this prompt."""
@@ -168,6 +204,11 @@ class Pool:
     def needed(self) -> tuple[Kind, ...]:
         """The kinds of worker that belong to the deployment."""
         return self._needed
+
+    @property
+    def troubles(self) -> list[str]:
+        """What keeps the router from choosing as the recipe asks, where something does."""
+        return self.router.kv.view.troubles if self.router.kv else []
 
     @property
     def missing(self) -> list[Kind]:
@@ -334,7 +375,7 @@ async def _attempt(pool: Pool, question: Question, relay: Relay, avoid: set[str]
         return await _whole(pool, Kind.DECODE, question, relay, avoid | pool.crowded(question, reason))
     source, prefilled = await _prefill(pool, question, relay, avoid)
     try:
-        target = pool.pick(Kind.DECODE, question, avoid, source.card.fingerprint)
+        target = pool.pick(Kind.DECODE, question, avoid, source.card.fingerprint, computes=False)
         if time.time() > prefilled.expires_at:
             raise LegLostError(wire.Failed(0, 503, "the prefill expired, or the nodes' clocks differ", True), "")
     except (ApiError, LegLostError):
@@ -362,7 +403,10 @@ async def _whole(pool: Pool, kind: Kind, question: Question, relay: Relay, avoid
     def build(stream: int) -> wire.Generate:
         return _generate(stream, question, relay, wire.Leg.WHOLE, target.rank)
 
-    return await _run(target, relay, build, wire.End, tokens=question.tokens)
+    last = await _run(target, relay, build, wire.End, tokens=target.tokens(question))
+    if target.booking:
+        target.booking.hit(last.cached_tokens)
+    return last
 
 
 async def _encoded(pool: Pool, question: Question, avoid: set[str]) -> Question:
@@ -392,7 +436,11 @@ async def _prefill(pool: Pool, question: Question, relay: Relay, avoid: set[str]
 
     own = Relay(lambda data: None)
     unwanted = Releaser(pool, question)
-    return target.link, await _run(target, own, build, wire.Prefilled, tokens=question.tokens, unwanted=unwanted)
+    tokens = target.tokens(question)
+    done = await _run(target, own, build, wire.Prefilled, tokens=tokens, unwanted=unwanted)
+    if target.booking:
+        target.booking.hit(done.cached_tokens)
+    return target.link, done
 
 
 def _generate(
@@ -453,7 +501,16 @@ async def _run(
     number = link.open(build, relay, target.rank, tokens)
     if number is None:
         raise LegLostError(LOST, link.card.instance)
-    relay.on_begun = lambda: link.begun(number)
+    booking = target.booking
+    if booking:
+        booking.begin()
+
+    def begun() -> None:
+        link.begun(number)
+        if booking:
+            booking.prefilled()
+
+    relay.on_begun = begun
 
     def source_lost() -> None:
         if relay.on_begun is not None:  # once it answers, it has pulled
@@ -464,6 +521,8 @@ async def _run(
             last = await relay.last
     finally:
         link.cancel(number, unwanted)  # does nothing when the stream has ended
+        if booking:
+            booking.end()
     if isinstance(last, expected):
         return last
     assert isinstance(last, wire.Failed)

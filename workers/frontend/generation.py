@@ -25,6 +25,7 @@ from workers.frontend.openai import ChatRequest, Common, CompletionRequest, opti
 from workers.frontend.reply import REQUEST_ID_HEADER, Reply, told
 from workers.frontend.service import Service
 from workers.frontend.trace import context_of
+from workers.frontend.wishes import wishes
 from workers.runtime.wire import Render, Shape
 
 DONE = b"data: [DONE]\n\n"
@@ -64,6 +65,7 @@ class Generation:
         self.prompts = prompts
         self.choices = ask.n or 1
         self._echoes = echoes
+        self._fields = fields
         self._options = options(fields)
         self._logprobs = fields.get("logprobs") is not None and fields["logprobs"] is not False  # 0 asks for them too
         self.id = PREFIXES[shape] + secrets.token_hex(12)
@@ -110,6 +112,7 @@ class Generation:
         name = f"{UNNAMEABLE.sub('_', request.headers[REQUEST_ID_HEADER])[:64]}-{self.id}"
         found = []
         for number, prompt in enumerate(self.prompts):
+            wanted = wishes(request.headers, self._fields)
             for choice in range(self.choices):
                 index = number * self.choices + choice
                 render = Render(
@@ -139,6 +142,7 @@ class Generation:
                         reads_prompt=ask.reads_prompt,
                         restarts=(self._logprobs or ask.reads_prompt) and not ask.streams,
                         trace=trace,
+                        wishes=wanted,
                     )
                 )
         return found

@@ -1,13 +1,13 @@
 """Conditional disaggregation: when a decode worker computes a prompt itself. A pure decision.
 
 Passing a prompt to a prefill worker costs a queue, a transfer and a second leg, and keeps the steps of a decode worker short.
-For a short prompt that is not worth it. Under load it is worth it only as long as prefill workers keep up: a decode worker
+For a short prompt that is not worth it, nor for one of which a decode worker caches all but a short rest. Under load it is worth it only as long as prefill workers keep up: a decode worker
 that takes one prompt now and then answers it sooner than the queue would, and slows its own streams only while it computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -18,6 +18,7 @@ class Reason(StrEnum):
     """Why a prompt was computed by a decode worker."""
 
     SHORT = "short"
+    CACHED = "cached"
     LOAD = "load"
     READS_PROMPT = "reads_prompt"
     NO_PREFILL = "no_prefill"
@@ -39,18 +40,23 @@ class LocalPrefill:
     behind_tokens: int = 24576
     room_tokens: int = 8192
 
-    def reason(self, tokens: int, prefills: Sequence[int], decodes: Sequence[int]) -> Reason | None:
+    def reason(
+        self, tokens: int, prefills: Sequence[int], decodes: Sequence[int], cached: Callable[[], int] = lambda: 0
+    ) -> Reason | None:
         """Why a decode worker should compute a prompt of that many tokens; None when a prefill worker should.
 
         Args:
             tokens: Length of the prompt.
             prefills: For each prefill worker the tokens that it has to compute.
             decodes: For each decode worker the prompt tokens that it has to compute itself.
+            cached: The most tokens of the prompt that a decode worker caches.
         """
         if self.mode is LocalPrefillMode.NEVER:
             return None
         if tokens <= self.short_tokens:
             return Reason.SHORT
+        if tokens - cached() <= self.short_tokens:
+            return Reason.CACHED
         behind = self.mode is LocalPrefillMode.LOAD and min(prefills) >= self.behind_tokens
         return Reason.LOAD if behind and any(self.has_room(tokens, busy) for busy in decodes) else None
 

@@ -28,7 +28,7 @@ class Card(msgspec.Struct, kw_only=True, frozen=True):
     `tasks` are what its engine can do, in vLLM's words (generate, embed, classify, score, ...). `adapters` are the LoRA
     adapters that are loaded now, each served as a model of its own. The engine's data-parallel ranks that this worker
     reaches are `dp_first` up to, not including, `dp_first + dp_count`; a request may name one. Two workers may pass a KV
-    cache to each other only if their `fingerprint`s are equal.
+    cache to each other only if their `fingerprint`s are equal. Each rank has room for `kv_blocks` KV blocks; 0 if unknown.
     """
 
     member: str
@@ -45,6 +45,7 @@ class Card(msgspec.Struct, kw_only=True, frozen=True):
     dp_first: int = 0
     dp_count: int = 1
     fingerprint: str = ""
+    kv_blocks: int = 0
 
 
 def key(deployment: str, member: str) -> str:

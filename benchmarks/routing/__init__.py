@@ -1,0 +1,1 @@
+"""How well requests are routed, and what the routing costs: `quality`, `replay`, `cost`; results in docs/routing.md."""

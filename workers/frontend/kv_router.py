@@ -1,0 +1,192 @@
+"""Choose a worker by what it caches and what it has to do, in KV blocks.
+
+    cost(w) = blocks of prompts sent to w that it has yet to compute             (the queue before this one)
+            + load_weight * blocks of the prompts under way at w                 (memory, and steps that take longer)
+            - overlap_weight * (device + HOST_WEIGHT * host + DISK_WEIGHT * disk) blocks of this prompt that w caches
+
+The cheapest is taken, equals by chance; with a temperature, costs are spread over 0 to 1 and drawn from a softmax. A worker
+that only pulls the prompt from another saves a transfer by what it caches, which counts `PULL_WEIGHT`. That the defaults
+are not one to one is measured (docs/routing.md): a block that is computed elsewhere is computed twice and cached twice, so
+that others go sooner; a block that is held by a running request costs the next one little.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from workers.frontend.book import Book, Booking, Key
+from workers.frontend.kv_view import NONE, KvView, Overlap
+from workers.frontend.wishes import Wishes
+
+HOST_WEIGHT = 0.75
+DISK_WEIGHT = 0.25
+PULL_WEIGHT = 0.1
+
+
+class Ask(Protocol):
+    """What is looked at of a request."""
+
+    @property
+    def prompt(self) -> bytes:
+        """Packed token ids."""
+        ...
+
+    @property
+    def adapter(self) -> str:
+        """The LoRA adapter, or empty."""
+        ...
+
+    @property
+    def wishes(self) -> Wishes:
+        """What the client said of who should answer."""
+        ...
+
+
+class KvCandidate(Protocol):
+    """What is looked at of a worker."""
+
+    @property
+    def key(self) -> Key:
+        """Its instance and rank."""
+        ...
+
+    @property
+    def member(self) -> str:
+        """Its name in the plan."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """How caches count against load; see the module. An overlap weight of 0 is load alone."""
+
+    overlap: float = 2.0
+    load: float = 0.4
+    temperature: float = 0.0
+
+
+@dataclass(slots=True)
+class Hits:
+    """Prompt tokens that were expected to be cached where they were sent, and that were; requests and the prompt tokens that
+    they left to compute, by member and rank.
+    """
+
+    predicted_tokens: int = 0
+    actual_tokens: int = 0
+    requests: Counter[tuple[str, int]] = field(default_factory=Counter)
+    computed_tokens: Counter[tuple[str, int]] = field(default_factory=Counter)
+
+
+class KvBooking(Booking):
+    """A leg that was chosen by what workers cache; once it is sent, its prompt is expected to be cached there."""
+
+    __slots__ = ("_length", "_member", "_names", "_router", "_where", "cached_tokens")
+
+    def __init__(
+        self,
+        router: KvRouter,
+        chosen: KvCandidate,
+        blocks: int,
+        computes: bool,
+        length: int,
+        names: Sequence[int],
+        cached: int,
+    ) -> None:
+        key = chosen.key
+        super().__init__(router.book, key, blocks, length - cached if computes else 0)
+        self._member = chosen.member
+        self._length = length
+        self._router = router
+        self._where = key
+        self._names = names
+        self.cached_tokens = cached
+        """Prompt tokens that the worker is expected to have."""
+
+    def begin(self) -> None:
+        """The leg was sent."""
+        super().begin()
+        self._router.view.expect(self._where, self._names)
+        self._router.on_routed(self._where, self._names)
+
+    def hit(self, tokens: int) -> None:
+        """So many tokens of the prompt were cached."""
+        hits = self._router.hits
+        hits.predicted_tokens += self.cached_tokens
+        hits.actual_tokens += tokens
+        where = (self._member, self._where[1])
+        hits.requests[where] += 1
+        hits.computed_tokens[where] += self._length - tokens
+
+
+class KvRouter:
+    """The mode `kv`."""
+
+    def __init__(self, view: KvView, book: Book, weights: Weights, rng: random.Random | None = None) -> None:
+        self.view = view
+        self.book = book
+        self.hits = Hits()
+        self.on_routed: Callable[[Key, Sequence[int]], None] = lambda key, names: None
+        """Told of each prompt that is sent, with the blocks that are new there."""
+        self._weights = weights
+        self._rng = rng or random.Random()
+
+    def pick(
+        self, candidates: Sequence[KvCandidate], ask: Ask, computes: bool, only: int | None = None
+    ) -> tuple[int, KvBooking]:
+        """The index of the worker, and the leg for the book; with `only` it is that one.
+
+        `computes` says whether the prompt is computed there.
+        """
+        keys = [item.key for item in candidates]
+        sizes = [self.view.block_size(key) for key in keys]
+        overlaps = self._overlaps(set(sizes), ask)
+        index = only
+        if index is None:
+            weight = self._weights.overlap * (1.0 if computes else PULL_WEIGHT)
+            costs = [
+                self._cost(key, size, overlaps.get(key, NONE), weight) for key, size in zip(keys, sizes, strict=True)
+            ]
+            index = choose(costs, self._weights.temperature, self._rng)
+        key, size = keys[index], sizes[index] or 1
+        tokens = len(ask.prompt) // 4
+        names = ask.wishes.names(ask.prompt, ask.adapter, size)
+        found = overlaps.get(key, NONE)
+        # The last token is computed in any case: a prompt that is cached whole is not all hit.
+        cached = min(found.blocks * size, max(tokens - 1, 0) // size * size)
+        new = names[found.device :] if self.view.events else names
+        return index, KvBooking(self, candidates[index], -(-tokens // size), computes, tokens, new, cached)
+
+    def cached_tokens(self, candidates: Sequence[KvCandidate], ask: Ask) -> int:
+        """The most tokens of the prompt that one of these has."""
+        keys = [item.key for item in candidates]
+        found = self._overlaps({self.view.block_size(key) for key in keys}, ask)
+        return max((found[key].blocks * self.view.block_size(key) for key in keys if key in found), default=0)
+
+    def _overlaps(self, sizes: set[int], ask: Ask) -> dict[Key, Overlap]:
+        """What every worker with blocks of one of these sizes has of a prompt; 0 stands for those that are unknown."""
+        found: dict[Key, Overlap] = {}
+        for size in sizes - {0}:  # blocks of one size are nobody's of another: their names differ
+            found |= self.view.overlaps(ask.wishes.names(ask.prompt, ask.adapter, size))
+        return found
+
+    def _cost(self, key: Key, size: int, overlap: Overlap, weight: float) -> float:
+        blocks, tokens = self.book.pressure(key)
+        cost = tokens / (size or 1) + self._weights.load * blocks - weight * overlap.device
+        if overlap.host or overlap.disk:
+            cost -= weight * (HOST_WEIGHT * overlap.host + DISK_WEIGHT * overlap.disk)
+        return cost
+
+
+def choose(costs: Sequence[float], temperature: float, rng: random.Random) -> int:
+    """The index of a cost: the lowest, equals by chance; or by softmax where there is a temperature."""
+    lowest, highest = min(costs), max(costs)
+    if temperature <= 0 or lowest == highest:
+        equal = [index for index, cost in enumerate(costs) if cost == lowest]
+        return equal[0] if len(equal) == 1 else rng.choice(equal)
+    weights = [math.exp(-(cost - lowest) / (highest - lowest) / temperature) for cost in costs]
+    return rng.choices(range(len(costs)), weights)[0]
