@@ -84,6 +84,8 @@ class EngineConf:
     four times as long while the engine's processes compute."""
     echo_interval_s: float = 0.0
     """Seconds between the tokens of the echo engine; 0 is as fast as it can."""
+    echo_slots: int = 0
+    """Requests that the echo engine runs at once, while others wait; 0 is any number."""
     connector: Any = "nixl"
     """What moves KV cache out of an engine: nixl (from prefill to decode), lmcache, kvbm (offload and share), none, a list
     of these, or vLLM's kv_transfer_config as a mapping or JSON text."""
@@ -129,6 +131,16 @@ class FrontendConf:
     """Prefill engines are behind when the least loaded of them has this many prompt tokens to compute."""
     local_prefill_room_tokens: int = 8192
     """A decode engine has room while the prompt tokens that it computes itself stay at most this."""
+    max_connections: int = 16384
+    """Connections of clients at once, in each frontend; one more is answered with 503."""
+    keep_alive_s: float = 75.0
+    """Seconds that a connection may be open without a request."""
+    request_timeout_s: float = 30.0
+    """Seconds that a request may take to arrive; a large body gets more, as long as it comes at 64 KiB/s."""
+    reader_timeout_s: float = 30.0
+    """Seconds that a client may take nothing of what waits for it; then it is cut off, and its request cancelled."""
+    max_unsent_bytes: int = 1048576
+    """Bytes of a stream that may wait for a client that reads slowly; at more it is cut off, and its request cancelled."""
 
 
 @dataclass

@@ -144,6 +144,7 @@ class Engine:
     canary_interval_s: float
     canary_timeout_s: float
     echo_interval_s: float
+    echo_slots: int = 0
     connector: tuple[str | Mapping[str, Any], ...] = ("nixl",)
     kv_load_failure: LoadFailure = LoadFailure.FAIL
     kv_lease_s: int = 30
@@ -202,12 +203,20 @@ class Frontend:
     local_prefill_short_tokens: int
     local_prefill_behind_tokens: int
     local_prefill_room_tokens: int
+    max_connections: int = 16384
+    keep_alive_s: float = 75.0
+    request_timeout_s: float = 30.0
+    reader_timeout_s: float = 30.0
+    max_unsent_bytes: int = 1 << 20
 
     def __post_init__(self) -> None:
         if not 1 <= self.processes <= 8:
             raise ConfigError(f"frontend.processes is 1 to 8, got {self.processes}")
         if self.port is not None and not 1 <= self.port <= 65535:
             raise ConfigError(f"frontend.port is 1 to 65535, or null for one derived from the job, got {self.port}")
+        for name in ("max_connections", "keep_alive_s", "request_timeout_s", "reader_timeout_s", "max_unsent_bytes"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"frontend.{name} must be above 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -115,7 +115,8 @@ def build(recipe: Recipe, role: Role, arguments: dict[str, Any]) -> Engine:
 
         from workers.engine.echo import EchoEngine
 
-        return EchoEngine(Tokenizer.from_file(f"{recipe.model.path}/tokenizer.json"), recipe.engine.echo_interval_s)
+        tokenizer = Tokenizer.from_file(f"{recipe.model.path}/tokenizer.json")
+        return EchoEngine(tokenizer, recipe.engine.echo_interval_s, recipe.engine.echo_slots)
     from workers.engine import vllm_engine
 
     # Slurm signals every process of a step. An engine core that gets SIGTERM aborts what it runs unless it has time.

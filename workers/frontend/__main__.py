@@ -22,6 +22,7 @@ from workers.frontend.app import App, Served
 from workers.frontend.errors import error_body
 from workers.frontend.exchange import Pool
 from workers.frontend.http import Server
+from workers.frontend.limits import ConnectionLimits, raise_descriptor_limit
 from workers.frontend.links import Links
 from workers.frontend.local import LocalPrefill
 from workers.frontend.metrics import Metrics
@@ -97,7 +98,13 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys:
         api_key,
         recipe.engine.drain_s,
     )
-    server = Server(app, error_body, recipe.frontend.max_body_bytes)
+    server = Server(
+        app,
+        error_body,
+        recipe.frontend.max_body_bytes,
+        connection_limits(recipe),
+        on_cut=lambda why: metrics.cut.labels(why).inc(),
+    )
     listener = await loop.create_server(server.protocol, place.address, port, backlog=4096, reuse_address=True)
     report("loading")
     log.info("%s listens at http://%s:%d", name, place.address, port)
@@ -107,6 +114,7 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys:
             group.create_task(follow(etcd, recipe.name, links.update), name="discovery"),
             group.create_task(follow_load(control, recipe.name, name, lambda event: note(links, event)), name="load"),
             group.create_task(links.keep(), name="links"),
+            group.create_task(server.keep(), name="connections"),
             group.create_task(commander.keep(), name="commands"),
         ]
         report("ready")
@@ -157,6 +165,21 @@ def local_prefill(recipe: Recipe) -> LocalPrefill:
         short_tokens=recipe.frontend.local_prefill_short_tokens,
         behind_tokens=recipe.frontend.local_prefill_behind_tokens,
         room_tokens=recipe.frontend.local_prefill_room_tokens,
+    )
+
+
+def connection_limits(recipe: Recipe) -> ConnectionLimits:
+    """What clients' connections may do; no more of them than there are descriptors for."""
+    wanted = recipe.frontend.max_connections
+    allowed = raise_descriptor_limit(wanted)
+    if allowed < wanted:
+        log.warning("%d connections at once instead of %d: raise `ulimit -n` for more", allowed, wanted)
+    return ConnectionLimits(
+        connections=allowed,
+        keep_alive_s=recipe.frontend.keep_alive_s,
+        request_s=recipe.frontend.request_timeout_s,
+        reader_s=recipe.frontend.reader_timeout_s,
+        unsent_bytes=recipe.frontend.max_unsent_bytes,
     )
 
 

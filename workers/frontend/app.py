@@ -392,6 +392,9 @@ class Streamed:
             self.begun = True
             self._metrics.first_byte.observe(time.perf_counter() - self._asked)
             self._connection.begin_events(self._header)
+            self._connection.write(data)
+            self._connection.flush()  # the first token waits for nobody
+            return
         self._connection.write(data)
 
 

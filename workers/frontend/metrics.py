@@ -47,6 +47,12 @@ class Metrics:
             "Clients that left before their answer.",
             registry=self.registry,
         )
+        self.cut = Counter(
+            "baton_frontend_cut_connections_total",
+            "Connections that were closed because their clients read or sent too slowly.",
+            ("reason",),
+            registry=self.registry,
+        )
         self.first_byte = Histogram(
             "baton_frontend_time_to_first_token_seconds",
             "From the whole request to the first bytes of a stream, in seconds.",
