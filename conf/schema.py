@@ -113,9 +113,9 @@ class ControlConf:
 @dataclass
 class FrontendConf:
     processes: int = 1
-    """Frontend processes on rank 0, each with a port of its own."""
+    """Frontend processes on rank 0. They share the port; with several each has one of its own as well, from the job's block."""
     port: int | None = None
-    """HTTP port of the first frontend; null derives one from the job, so that deployments on one machine do not meet."""
+    """HTTP port; null derives one from the job, so that deployments on one machine do not meet."""
     router: str = "least_loaded"
     """How a worker is chosen: round_robin or least_loaded."""
     stall_timeout_s: float = 5.0

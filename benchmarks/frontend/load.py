@@ -26,8 +26,6 @@ WORDS = (
     *("import", "os", "sys", "def", "return", "class", "self", "print", "for", "in", "range", "if", "else", "while"),
     *("try", "except", "with", "as", "from", "lambda", "yield"),
 )
-    "import os sys def return class self print for in range if else while try except with as from lambda yield".split()
-)
 USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
 TIMEOUT_S = 120.0
 

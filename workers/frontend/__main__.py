@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
+import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import uvloop
 
-from launch.plan import FRONTEND_PORT, plan
+from launch.errors import LaunchError
+from launch.plan import FRONTEND_PORT, plan, shared_port
 from launch.recipe import Kind, Recipe
 from launch.records import Control, RunDirectory
 from slurm.children import report
@@ -37,6 +41,9 @@ from workers.runtime.registry import follow
 log = logging.getLogger("workers.frontend")
 
 FLUSH_S = 2.0
+KERNEL_SEND_BYTES = 256 << 10
+# Python looks for cycles after every 700 new objects, which a few streams make in a millisecond.
+GC_THRESHOLDS = (20_000, 20, 50)
 
 
 def main() -> int:
@@ -49,18 +56,46 @@ def main() -> int:
     place = places(run.ranks(job.attempt))[0]
     index = plan(recipe).frontends.index(name)
     keys = (run.api_key(), run.admin_key())
-    uvloop.run(serve(recipe, control, place, port_of(recipe, place, index), keys, name))
+    try:
+        sockets = listeners(recipe, place, index)
+    except LaunchError as error:
+        log.error("%s: %s", name, error)
+        return 1
+    uvloop.run(serve(recipe, control, sockets, keys, name))
     return 0
 
 
-def port_of(recipe: Recipe, place: Place, index: int) -> int:
-    """The port of a frontend process: the recipe's, counting up, or one of the rank's block."""
-    if recipe.frontend.port is not None:
-        return recipe.frontend.port + index
-    return int(place.port(FRONTEND_PORT + index))
+def listeners(recipe: Recipe, place: Place, index: int) -> list[socket.socket]:
+    """Sockets, bound: one for the deployment's clients, which all frontends share, and one for this frontend alone.
+
+    The kernel spreads connections to the shared port over the processes that listen there. A frontend that is the only one
+    has just the one port.
+    """
+    shared = shared_port(recipe, place)
+    own = int(place.port(FRONTEND_PORT + index))
+    ports = [shared] if recipe.frontend.processes == 1 else [shared, own]
+    return [bound(place.address, port, share=recipe.frontend.processes > 1 and port == shared) for port in ports]
 
 
-async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys: tuple[str, str], name: str) -> None:
+def bound(address: str, port: int, share: bool) -> socket.socket:
+    """A socket bound for a server; with `share` others of this user may bind the same port."""
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if share:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        # Its connections inherit it; by itself the kernel holds up to 4 MB for a client that does not read.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_SEND_BYTES)
+        listener.bind((address, port))
+    except OSError as error:
+        listener.close()
+        raise LaunchError(f"port {port} of {address} cannot be bound: {error}") from error
+    return listener
+
+
+async def serve(
+    recipe: Recipe, control: Control, sockets: Sequence[socket.socket], keys: tuple[str, str], name: str
+) -> None:
     """Serve until SIGTERM; `keys` are the API's and the operators'."""
     api_key, admin_key = keys
     loop = asyncio.get_running_loop()
@@ -105,9 +140,13 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys:
         connection_limits(recipe),
         on_cut=lambda why: metrics.cut.labels(why).inc(),
     )
-    listener = await loop.create_server(server.protocol, place.address, port, backlog=4096, reuse_address=True)
+    listening = [await loop.create_server(server.protocol, sock=item, backlog=4096) for item in sockets]
     report("loading")
-    log.info("%s listens at http://%s:%d", name, place.address, port)
+    log.info("%s listens at %s", name, " and ".join("http://%s:%d" % item.getsockname()[:2] for item in sockets))
+    # What was made until here lives as long as the process: the collector need not look at it again and again.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     etcd = Etcd(control.etcd_url, control.etcd_user, control.etcd_password)
     async with etcd, asyncio.TaskGroup() as group:
         tasks = [
@@ -120,13 +159,13 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys:
         report("ready")
         await stop.wait()
         report("draining")
-        await drain(app, listener, server, links, recipe.engine.drain_s)
+        await drain(app, listening, server, links, recipe.engine.drain_s)
         for task in tasks:
             task.cancel()
     links.close()
 
 
-async def drain(app: App, listener: asyncio.Server, server: Server, links: Links, timeout_s: float) -> None:
+async def drain(app: App, listening: Sequence[asyncio.Server], server: Server, links: Links, timeout_s: float) -> None:
     """Refuse what is new, let what runs finish for that long, end the rest with an error, then close every connection."""
     app.draining = True
     running = [item.task for item in server.connections if item.task]
@@ -135,7 +174,8 @@ async def drain(app: App, listener: asyncio.Server, server: Server, links: Links
         if late:
             links.abort("the deployment is stopping")
             await asyncio.wait(late, timeout=FLUSH_S)
-    listener.close()
+    for listener in listening:
+        listener.close()
     for connection in list(server.connections):
         connection.close()
     await server.wait_closed(FLUSH_S)
