@@ -190,6 +190,12 @@ class Control:
             )
 
 
+LOAD_LIMITS = (
+    *("busy_kv_usage", "busy_prefill_tokens", "busy_requests", "queue_requests", "queue_tokens", "queue_timeout_s"),
+    *("requests_per_minute", "tokens_per_minute"),
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frontend:
     """The OpenAI-compatible server."""
@@ -208,6 +214,14 @@ class Frontend:
     request_timeout_s: float = 30.0
     reader_timeout_s: float = 30.0
     max_unsent_bytes: int = 1 << 20
+    busy_kv_usage: float = 0.99
+    busy_prefill_tokens: int = 0
+    busy_requests: int = 0
+    queue_requests: int = 512
+    queue_tokens: int = 0
+    queue_timeout_s: float = 30.0
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.processes <= 8:
@@ -217,6 +231,9 @@ class Frontend:
         for name in ("max_connections", "keep_alive_s", "request_timeout_s", "reader_timeout_s", "max_unsent_bytes"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"frontend.{name} must be above 0, got {getattr(self, name)}")
+        for name in LOAD_LIMITS:
+            if getattr(self, name) < 0:
+                raise ConfigError(f"frontend.{name} is at least 0 (0 sets no limit), got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

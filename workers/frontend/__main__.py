@@ -22,6 +22,7 @@ from slurm.children import report
 from slurm.places import Place, places
 from workers.engine.options import serving_options
 from workers.frontend.admin import Admin
+from workers.frontend.admission import Gate, Thresholds
 from workers.frontend.app import App, Served
 from workers.frontend.errors import error_body
 from workers.frontend.exchange import Pool
@@ -123,7 +124,8 @@ async def serve(
     )
     serving = serving_options(recipe, recipe.roles[-1])
     text = Text(Path(recipe.model.path), serving.chat_template, serving.default_chat_template_kwargs)
-    app = App(served, text, pool, metrics, api_key)
+    gate = Gate(thresholds(recipe), pool.has_room, lambda why: metrics.refused.labels(why).inc())
+    app = App(served, text, pool, metrics, api_key, gate)
     commander = Commander(control, recipe.name, name)
     app.admin = Admin(
         plan(recipe),
@@ -133,6 +135,7 @@ async def serve(
         api_key,
         recipe.engine.drain_s,
     )
+    app.admin.gate = gate
     server = Server(
         app,
         error_body,
@@ -142,7 +145,8 @@ async def serve(
     )
     listening = [await loop.create_server(server.protocol, sock=item, backlog=4096) for item in sockets]
     report("loading")
-    log.info("%s listens at %s", name, " and ".join("http://%s:%d" % item.getsockname()[:2] for item in sockets))
+    addresses = [item.getsockname() for item in sockets]
+    log.info("%s listens at %s", name, " and ".join(f"http://{host}:{port}" for host, port, *_ in addresses))
     # What was made until here lives as long as the process: the collector need not look at it again and again.
     gc.collect()
     gc.freeze()
@@ -208,6 +212,11 @@ def local_prefill(recipe: Recipe) -> LocalPrefill:
     )
 
 
+def thresholds(recipe: Recipe) -> Thresholds:
+    """The limits of load to begin with."""
+    return Thresholds(**{name: getattr(recipe.frontend, name) for name in Thresholds.__struct_fields__})
+
+
 def connection_limits(recipe: Recipe) -> ConnectionLimits:
     """What clients' connections may do; no more of them than there are descriptors for."""
     wanted = recipe.frontend.max_connections
@@ -232,7 +241,7 @@ def note(links: Links, event: LoadEvent) -> None:
     """Keep what a worker reported for the router."""
     link = links.by_member(event.member)
     if link is not None and link.card.instance == event.instance:
-        link.report(event.waiting)
+        link.report(event.waiting, event.kv_usage)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ envelope of a unary answer, the usage of all choices together, `[DONE]`, and err
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import secrets
 import time
@@ -19,6 +20,7 @@ import msgspec
 from launch.recipe import Kind
 from workers.engine.render import chunk
 from workers.frontend.admin import Admin
+from workers.frontend.admission import Gate, Thresholds
 from workers.frontend.errors import ApiError
 from workers.frontend.exchange import Answered, Pool, Question, answer, call
 from workers.frontend.http import Connection, Request
@@ -29,6 +31,7 @@ from workers.runtime.wire import Render, Shape, pack
 
 DONE = b"data: [DONE]\n\n"
 TOKENIZE_IN_THREAD_CHARS = 4096
+CHARS_PER_TOKEN = 4  # where a prompt is not tokenized here: the usual guess for English
 REQUEST_ID_HEADER = "x-request-id"
 DP_RANK_HEADER = "x-data-parallel-rank"
 # vLLM's routes for pooling models, and the same under /v1 where vLLM has them elsewhere.
@@ -57,12 +60,16 @@ class Served:
 class App:
     """The handler of all requests."""
 
-    def __init__(self, served: Served, text: Text, pool: Pool, metrics: Metrics, api_key: str) -> None:
+    def __init__(
+        self, served: Served, text: Text, pool: Pool, metrics: Metrics, api_key: str, gate: Gate | None = None
+    ) -> None:
         self._served = served
         self._text = text
         self._pool = pool
         self._metrics = metrics
         self._authorization = f"Bearer {api_key}".encode()
+        self._gate = gate or Gate(Thresholds(), pool.has_room, lambda why: metrics.refused.labels(why).inc())
+        metrics.queued.set_function(lambda: self._gate.waiting)
         self.draining = False
         self.admin: Admin | None = None
         self._routes: dict[tuple[str, str], Callable[[Request, Connection], Awaitable[None]]] = {
@@ -153,9 +160,13 @@ class App:
         request_id = request.headers.get(REQUEST_ID_HEADER) or secrets.token_hex(16)
         adapter = self._adapter(model or self._served.name)
         route = POOLING_ROUTES[request.path]
-        called = await call(self._pool, Kind.EMBEDDING, request_id, route, request.body, adapter)
+        key, guess = key_id(request), len(request.body) // CHARS_PER_TOKEN
+        header = _id_header(request_id) + self._gate.charge(key, guess)
+        await self._gate.turn(key, guess)
+        with self._gate.passing():
+            called = await call(self._pool, Kind.EMBEDDING, request_id, route, request.body, adapter)
         self._metrics.prompt_tokens.inc(called.prompt_tokens)
-        connection.respond(called.status, called.body, _id_header(request_id), called.content_type.encode())
+        connection.respond(called.status, called.body, header, called.content_type.encode())
 
     async def _prompt(self, prompt: str | list[int], special: bool) -> bytes:
         if isinstance(prompt, str):
@@ -179,6 +190,7 @@ class App:
             raise ApiError(503, "the deployment is stopping", retry_after_s=5)
         if self._pool.unable:
             raise ApiError(503, self._reason(self._pool.unable), retry_after_s=1)
+        self._gate.refuse_early()
 
     def _adapter(self, model: str) -> str:
         return "" if model == self._served.name else model
@@ -190,13 +202,16 @@ class App:
         generation.check(context)
         ask = generation.ask
         request_id = request.headers.get(REQUEST_ID_HEADER) or secrets.token_hex(16)
-        header = _id_header(request_id)
+        key, tokens = key_id(request), generation.tokens
+        header = _id_header(request_id) + self._gate.charge(key, tokens)
         envelope = generation.envelope(ask.model)
         answers = Streamed(connection, header, self._metrics) if ask.streams else Collected()
         chunked = request.chunked
         questions = generation.questions(envelope, chunked, self._adapter(ask.model), _dp_rank(request))
+        await self._gate.turn(key, tokens)
         try:
-            ends = await self._all_answers(questions, answers)
+            with self._gate.passing():
+                ends = await self._all_answers(questions, answers)
         except ApiError as error:
             if not isinstance(answers, Streamed) or not answers.begun:
                 raise
@@ -205,6 +220,7 @@ class App:
             answers.write(framed(b"data: " + error.body() + b"\n\n" + DONE, chunked))
             connection.end_events()
             return
+        self._gate.answered(key, sum(end.completion_tokens for end in ends))
         usage = self._count(generation, ends)
         if isinstance(answers, Streamed):
             for end in ends:
@@ -313,6 +329,11 @@ class Generation:
         self._logprobs = fields.get("logprobs") is not None and fields["logprobs"] is not False  # 0 asks for them too
         self._id = f"{'chatcmpl' if shape is Shape.CHAT else 'cmpl'}-{secrets.token_hex(12)}"
 
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens that the workers compute, with each answer counted: none need share a worker."""
+        return self.choices * sum(len(prompt) // 4 for prompt in self.prompts)
+
     def check(self, max_model_len: int) -> None:
         """Refuse what cannot fit the context.
 
@@ -403,6 +424,11 @@ class Collected:
 
     def write(self, data: bytes) -> None:
         """A worker has nothing to say before the end of a unary answer."""
+
+
+def key_id(request: Request) -> str:
+    """Whose request it is, for limits and for fairness; never the key itself, which must not get into logs or metrics."""
+    return hashlib.blake2b(request.headers.get("authorization", "").encode(), digest_size=8).hexdigest()
 
 
 def framed(payload: bytes, chunked: bool) -> bytes:
