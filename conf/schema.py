@@ -95,6 +95,8 @@ class EngineConf:
     """KV blocks of the prefix cache that the echo engine pretends to have, and tells of as vLLM does; 0 is none."""
     echo_prefill_tokens_per_s: float = 0.0
     """Prompt tokens that the echo engine pretends to compute in a second, one prompt after the other; 0 takes no time."""
+    echo_slots: int = 0
+    """Requests that the echo engine runs at once, while others wait; 0 is any number."""
     connector: Any = "nixl"
     """What moves KV cache out of an engine: nixl (from prefill to decode), lmcache, kvbm (offload and share), none, a list
     of these, or vLLM's kv_transfer_config as a mapping or JSON text."""
@@ -123,9 +125,9 @@ class ControlConf:
 @dataclass
 class FrontendConf:
     processes: int = 1
-    """Frontend processes on rank 0, each with a port of its own."""
+    """Frontend processes on rank 0. They share the port; with several each has one of its own as well, from the job's block."""
     port: int | None = None
-    """HTTP port of the first frontend; null derives one from the job, so that deployments on one machine do not meet."""
+    """HTTP port; null derives one from the job, so that deployments on one machine do not meet."""
     router: str | None = None
     """How a worker is chosen: kv, by what it caches of the prompt and what it has to do; least_loaded; round_robin; random;
     power_of_two, the less loaded of two at random; direct, by the client (header x-baton-worker). null is kv where vLLM
@@ -171,6 +173,32 @@ class FrontendConf:
     """Prefill engines are behind when the least loaded of them has this many prompt tokens to compute."""
     local_prefill_room_tokens: int = 8192
     """A decode engine has room while the prompt tokens that it computes itself stay at most this."""
+    max_connections: int = 16384
+    """Connections of clients at once, in each frontend; one more is answered with 503."""
+    keep_alive_s: float = 75.0
+    """Seconds that a connection may be open without a request."""
+    request_timeout_s: float = 30.0
+    """Seconds that a request may take to arrive; a large body gets more, as long as it comes at 64 KiB/s."""
+    reader_timeout_s: float = 30.0
+    """Seconds that a client may take nothing of what waits for it; then it is cut off, and its request cancelled."""
+    max_unsent_bytes: int = 1048576
+    """Bytes of a stream that may wait for a client that reads slowly; at more it is cut off, and its request cancelled."""
+    busy_kv_usage: float = 0.99
+    """A worker gets nothing more while this share of its KV cache is in use; 0 sets no limit, as for the following."""
+    busy_prefill_tokens: int = 0
+    """A worker gets nothing more while it has this many prompt tokens to compute for a frontend."""
+    busy_requests: int = 0
+    """A worker gets nothing more while it serves this many requests of a frontend."""
+    queue_requests: int = 512
+    """Requests that may wait in each frontend while all workers are busy, fairly by API key; one more is refused with 503."""
+    queue_tokens: int = 0
+    """Prompt tokens of the requests that may wait."""
+    queue_timeout_s: float = 30.0
+    """Seconds that a request may wait; then it is refused with 503."""
+    requests_per_minute: int = 0
+    """Requests that each API key may send to each frontend in a minute; one more is refused with 429."""
+    tokens_per_minute: int = 0
+    """Tokens, of prompts and answers, that each API key may use of each frontend in a minute."""
 
 
 @dataclass

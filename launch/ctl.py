@@ -25,6 +25,8 @@ from launch.trust import trusting
 # Longer than any operation takes: the frontend answers before, also when a worker does not.
 PATIENCE_S = 86400.0
 
+LIMITS = "limits"
+
 EPILOG = """\
 operations:
   status                                   what each worker says of itself
@@ -37,6 +39,8 @@ operations:
   unload_lora name=N / list_lora
   start_profile [prefix=P] / stop_profile
   scale_ep size=N                          change the size of an elastic expert-parallel engine
+  limits [busy_requests=N ...]             show or change the limits of load of all frontends (keys of the recipe:
+                                           frontend.busy_*, queue_*, *_per_minute)
 """
 
 
@@ -60,6 +64,8 @@ def main() -> int:
     try:
         run = find(arguments.runs_dir.absolute(), arguments.name)
         body = _body(arguments.arguments, arguments.member, arguments.role)
+        if arguments.operation == LIMITS:
+            return _limits(run, body)
         status, answer = _post(run, arguments.operation, body)
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -95,15 +101,38 @@ def _body(pairs: list[str], members: list[str] | None, role: str | None) -> dict
     return body
 
 
-def _post(run: RunDirectory, operation: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Status and answer of the first frontend that can be reached.
+def _limits(run: RunDirectory, body: dict[str, Any]) -> int:
+    """Each frontend keeps limits of its own: change those of all, and print what they are now."""
+    for url in _urls(run):
+        status, answer = _post(run, LIMITS, body, [url])
+        if status != 200:
+            print(f"error: {answer['error']['message']}", file=sys.stderr)
+            return 1
+        print(url, json.dumps(answer["limits"]), f"{answer['waiting']} waiting")
+    return 0
+
+
+def _urls(run: RunDirectory) -> list[str]:
+    """One of each frontend.
 
     Raises:
-        DeploymentError: None can, or something else answers there.
+        DeploymentError: The deployment does not run.
     """
     endpoint = run.endpoint()
     if endpoint is None or watch.where_alive(run) is None:
         raise DeploymentError(f"{run.name} is not running: launch it first")
+    return endpoint.urls
+
+
+def _post(
+    run: RunDirectory, operation: str, body: dict[str, Any], urls: list[str] | None = None
+) -> tuple[int, dict[str, Any]]:
+    """Status and answer of the first frontend, of these or of all, that can be reached.
+
+    Raises:
+        DeploymentError: None can, or something else answers there.
+    """
+    urls = urls or _urls(run)
     # A cluster's HTTP proxy leads out of it; the frontend is inside.
     secure = trusting(run.recipe().frontend.tls_cert)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=secure))
@@ -113,7 +142,7 @@ def _post(run: RunDirectory, operation: str, body: dict[str, Any]) -> tuple[int,
         raise DeploymentError(f"the admin key cannot be read ({error}): only who launched {run.name} may") from error
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     why = ""
-    for url in endpoint.urls:
+    for url in urls:
         request = urllib.request.Request(
             f"{url.removesuffix('/v1')}/admin/{operation}", json.dumps(body).encode(), headers, method="POST"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from launch.errors import PlanError
 from launch.recipe import Cluster, Executor, Kind, Recipe, Role
@@ -17,10 +18,19 @@ PORT_BLOCK = 256
 NATS_PORT = 1
 ETCD_PORT = 2
 ETCD_PEER_PORT = 3
+SHARED_PORT = 4
 FRONTEND_PORT = 8
 FRONTEND_PORTS = 8
 MEMBER_PORT = 16
 RAY_PORTS = 8
+
+
+class Ports(Protocol):
+    """The port block of a running rank (`slurm.places.Place`)."""
+
+    def port(self, offset: int) -> str:
+        """A port of the block."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +211,11 @@ def dp_ranks(role: Role, member: Member) -> tuple[int, int]:
         return 0, role.data_parallel
     count = role.data_parallel // member.nodes
     return member.node * count, count
+
+
+def shared_port(recipe: Recipe, rank0: Ports) -> int:
+    """The HTTP port of the deployment's clients: the recipe's, or one of rank 0's block."""
+    return recipe.frontend.port or int(rank0.port(SHARED_PORT))
 
 
 def slots_per_node(recipe: Recipe) -> int:

@@ -166,6 +166,7 @@ class Engine:
     echo_interval_s: float
     echo_cache_blocks: int = 0
     echo_prefill_tokens_per_s: float = 0.0
+    echo_slots: int = 0
     connector: tuple[str | Mapping[str, Any], ...] = ("nixl",)
     kv_load_failure: LoadFailure = LoadFailure.FAIL
     kv_lease_s: int = 30
@@ -215,6 +216,12 @@ class Control:
             )
 
 
+LOAD_LIMITS = (
+    *("busy_kv_usage", "busy_prefill_tokens", "busy_requests", "queue_requests", "queue_tokens", "queue_timeout_s"),
+    *("requests_per_minute", "tokens_per_minute"),
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frontend:
     """The OpenAI-compatible server."""
@@ -241,6 +248,19 @@ class Frontend:
     router_ttl_s: float = 120.0
     router_sessions: bool = False
     router_direct: bool = False
+    max_connections: int = 16384
+    keep_alive_s: float = 75.0
+    request_timeout_s: float = 30.0
+    reader_timeout_s: float = 30.0
+    max_unsent_bytes: int = 1 << 20
+    busy_kv_usage: float = 0.99
+    busy_prefill_tokens: int = 0
+    busy_requests: int = 0
+    queue_requests: int = 512
+    queue_tokens: int = 0
+    queue_timeout_s: float = 30.0
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
 
     def __post_init__(self) -> None:
         if (self.tls_cert is None) is not (self.tls_key is None):
@@ -271,6 +291,12 @@ class Frontend:
                 "frontend.router_overlap_weight, router_load_weight and router_temperature are at least 0 and router_ttl_s "
                 f"above 0, got {weights} and {self.router_ttl_s}"
             )
+        for name in ("max_connections", "keep_alive_s", "request_timeout_s", "reader_timeout_s", "max_unsent_bytes"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"frontend.{name} must be above 0, got {getattr(self, name)}")
+        for name in LOAD_LIMITS:
+            if getattr(self, name) < 0:
+                raise ConfigError(f"frontend.{name} is at least 0 (0 sets no limit), got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

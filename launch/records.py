@@ -126,7 +126,10 @@ class Control(msgspec.Struct, kw_only=True):
 
 
 class Endpoint(msgspec.Struct, kw_only=True):
-    """What a client needs; `expires_at` is seconds since the epoch, or null without a time limit."""
+    """What a client needs; `expires_at` is seconds since the epoch, or null without a time limit.
+
+    All frontends serve `url`. `urls` has for each frontend one that only it serves: for its metrics, and for operators.
+    """
 
     url: str
     urls: list[str]

@@ -29,5 +29,6 @@ def engine(
 
 
 def frontend(name: str, run_dir: Path) -> Invocation:
-    """A frontend process."""
-    return Invocation((sys.executable, "-m", "workers.frontend", str(run_dir), name), {})
+    """A frontend process. It tokenizes in threads of its own; the tokenizer's would only pass single texts to and fro."""
+    argv = (sys.executable, "-m", "workers.frontend", str(run_dir), name)
+    return Invocation(argv, {"TOKENIZERS_PARALLELISM": "false"})

@@ -13,10 +13,11 @@ from typing import Any
 import msgspec
 
 from launch.errors import DeploymentError
-from launch.plan import FRONTEND_PORT, Plan
+from launch.plan import FRONTEND_PORT, Plan, shared_port
 from launch.recipe import Launcher, Recipe
 from launch.records import SILENT_AFTER_S, Endpoint, Job, Phase, RankRecord, RunDirectory, State
 from launch.trust import trusting
+from slurm.places import Place
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +44,14 @@ class Overseer:
     async def published(self) -> AsyncIterator[None]:
         """The endpoint, from its first word to `stopped`."""
         rank0 = self._run.ranks(self._job.attempt)[0]
-        first = self._recipe.frontend.port or rank0.port_base + FRONTEND_PORT
-        urls = [f"{self._recipe.scheme}://{rank0.address}:{first + i}/v1" for i in range(len(self._plan.frontends))]
+        place = Place(rank0.address, rank0.port_base)
+        shared = shared_port(self._recipe, place)
+        count = len(self._plan.frontends)
+        own = [shared] if count == 1 else [int(place.port(FRONTEND_PORT + index)) for index in range(count)]
+        scheme = self._recipe.scheme
         self._endpoint = Endpoint(
-            url=urls[0],
-            urls=urls,
+            url=f"{scheme}://{place.address}:{shared}/v1",
+            urls=[f"{scheme}://{place.address}:{port}/v1" for port in own],
             models=[self._recipe.model.name],
             state=Phase.STARTING,
             api_key_file=str(self._run.api_key_file),
@@ -115,9 +119,12 @@ class Overseer:
         return time.monotonic() - since > SILENT_AFTER_S
 
     async def _routed(self) -> bool:
-        """Whether the first frontend says that it can answer and misses nobody."""
+        """Whether every frontend says that it can answer and misses nobody."""
         assert self._endpoint
-        host, _, port = self._endpoint.url.partition("://")[2].removesuffix("/v1").partition(":")
+        return all([await self._answers(url) for url in self._endpoint.urls])
+
+    async def _answers(self, url: str) -> bool:
+        host, _, port = url.partition("://")[2].removesuffix("/v1").partition(":")
         secure = trusting(self._recipe.frontend.tls_cert)
         try:
             async with asyncio.timeout(2):

@@ -135,7 +135,7 @@ def build(recipe: Recipe, role: Role, arguments: dict[str, Any]) -> Engine:
         if asked.echo_cache_blocks:
             rate = asked.echo_prefill_tokens_per_s
             return CachingEcho(tokenizer, asked.echo_interval_s, asked.echo_cache_blocks, rate)
-        return EchoEngine(tokenizer, asked.echo_interval_s)
+        return EchoEngine(tokenizer, asked.echo_interval_s, asked.echo_slots)
     from workers.engine import vllm_engine
 
     # Slurm signals every process of a step. An engine core that gets SIGTERM aborts what it runs unless it has time.

@@ -1,8 +1,13 @@
-"""An engine that says the prompt again, token by token: what tests and benchmarks of everything else run on."""
+"""An engine that says the prompt again, token by token: what tests and benchmarks of everything else run on.
+
+It is made for scale: one timer wakes all streams together, as a step of a real engine does, and a token's text is decoded
+once.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -19,12 +24,47 @@ MAX_MODEL_LEN = 4096
 BLOCK_SIZE = 32
 
 
-class EchoEngine:
-    """Answers a prompt with its own tokens, over and over, `interval_s` apart; `min_tokens` and stops are not its thing."""
+class Steps:
+    """Engine steps, `interval_s` apart while anybody waits for one; without an interval as fast as the loop turns."""
 
-    def __init__(self, tokenizer: Any, interval_s: float) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, interval_s: float) -> None:
         self._interval_s = interval_s
+        self._waiting: list[asyncio.Future[None]] = []
+        self._due = 0.0
+
+    async def next(self) -> None:
+        """The next step."""
+        if not self._interval_s:
+            await asyncio.sleep(0)
+            return
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            # One interval after the last step, or after now when the engine was idle.
+            now = loop.time()
+            self._due = (self._due if now < self._due + self._interval_s else now) + self._interval_s
+            loop.call_at(self._due, self._step)
+        future = loop.create_future()
+        self._waiting.append(future)
+        await future
+
+    def _step(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+
+class EchoEngine:
+    """Answers a prompt with its own tokens, over and over, `interval_s` apart; `min_tokens` and stops are not its thing.
+
+    With `slots`, so many requests run at once and the others wait, as in an engine with `max_num_seqs`.
+    """
+
+    def __init__(self, tokenizer: Any, interval_s: float, slots: int = 0) -> None:
+        self._tokenizer = tokenizer
+        self._steps = Steps(interval_s)
+        self._slots = asyncio.Semaphore(slots) if slots else None
+        self._texts: dict[int, str] = {}
         self._id = secrets.token_hex(8)
         self.load = Load()
         self.stats = {0: EngineStats()}
@@ -44,35 +84,30 @@ class EchoEngine:
             raise RefusedError("The prompt is empty.")
         if ask.adapter and ask.adapter not in self.adapters:
             raise UnbegunError(f"the adapter {ask.adapter!r} is not loaded here")
-        self.load.running += 1
         self.adapter_uses[ask.adapter] += 1
         try:
             if ask.encode_only:
                 yield Piece(ids=(), text="", finish="length")
                 return
-            if ask.prefill_only:
-                yield Piece(ids=ask.prompt[:1], text="", finish="length", transfer=self._transfer(ask))
-                return
-            if ask.transfer is not None:
-                transfer.unpack(ask.transfer, len(ask.prompt) + len(ask.produced), BLOCK_SIZE)
-            room = MAX_MODEL_LEN - len(ask.prompt)
-            count = room if ask.max_tokens < 0 else min(ask.max_tokens, room)
-            for produced in range(len(ask.produced), count):
-                await asyncio.sleep(self._interval_s)
-                token = ask.prompt[produced % len(ask.prompt)]
-                self.load.progress += 1
-                self.stats[0].record(None, None)
-                piece = Piece(ids=(token,), text=self._said(token), finish="length" if produced == count - 1 else None)
-                if produced == len(ask.produced):
-                    piece.before = [Piece(ids=(before,), text=self._said(before)) for before in ask.produced]
-                yield piece
+            async with self._slot():
+                if ask.prefill_only:
+                    yield Piece(ids=ask.prompt[:1], text="", finish="length", transfer=self._transfer(ask))
+                    return
+                if ask.transfer is not None:
+                    transfer.unpack(ask.transfer, len(ask.prompt) + len(ask.produced), BLOCK_SIZE)
+                room = MAX_MODEL_LEN - len(ask.prompt)
+                count = room if ask.max_tokens < 0 else min(ask.max_tokens, room)
+                for produced in range(len(ask.produced), count):
+                    await self._steps.next()
+                    token = ask.prompt[produced % len(ask.prompt)]
+                    self.load.progress += 1
+                    self.stats[0].record(None, None)
+                    piece = Piece((token,), self._text(token), "length" if produced == count - 1 else None)
+                    if produced == len(ask.produced):
+                        piece.before = [Piece(ids=(before,), text=self._text(before)) for before in ask.produced]
+                    yield piece
         finally:
-            self.load.running -= 1
             self.adapter_uses[ask.adapter] -= 1
-
-    def _said(self, token: int) -> str:
-        text: str = self._tokenizer.decode([token], skip_special_tokens=False)
-        return text
 
     async def call(self, request_id: str, route: str, body: bytes) -> Response:
         """The body, said again."""
@@ -88,6 +123,29 @@ class EchoEngine:
 
     def shutdown(self, timeout_s: float) -> None:
         """Nothing to end."""
+
+    @contextlib.asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        """A place among those that run; counted as waiting until there is one."""
+        self.load.waiting += 1
+        try:
+            if self._slots is not None:
+                await self._slots.acquire()
+        finally:
+            self.load.waiting -= 1
+        self.load.running += 1
+        try:
+            yield
+        finally:
+            self.load.running -= 1
+            if self._slots is not None:
+                self._slots.release()
+
+    def _text(self, token: int) -> str:
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = self._tokenizer.decode([token], skip_special_tokens=False)
+        return text
 
     def _transfer(self, ask: Ask) -> dict[str, Any]:
         """What vLLM's NixlConnector returns from a prefill, in shape."""

@@ -31,6 +31,10 @@ class Choice:
         self._tail = render.tail.encode() + b"\n\n"
         self._text: list[str] = []
         self._opened = bool(produced) or not self._chat
+        # What stands around the text of a plain delta, which is what nearly all are: made once, not for each token.
+        before, after = (b'"delta":{"content":', b"}") if self._chat else (b'"text":', b"")
+        self._before = self._head + before
+        self._after = b'%b,%b,"finish_reason":null}]%b' % (after, NO_MEMBERS, self._tail)
         self._prompt_tokens = prompt_tokens
         self._tokens = produced
 
@@ -39,6 +43,16 @@ class Choice:
         if not self._render.stream:
             self._text.append(piece.text)
             return b""
+        if (
+            piece.text
+            and self._opened
+            and not self._render.usage
+            and piece.message is None
+            and piece.members == NO_MEMBERS
+        ):
+            self._tokens += len(piece.ids)
+            event = b"%b%b%b" % (self._before, _json(piece.text), self._after)
+            return chunk(event) if self._render.chunked else event
         silent = not piece.message if piece.message is not None else not piece.text and piece.members == NO_MEMBERS
         opening = b"" if silent else self._opening(piece.extra)
         self._tokens += len(piece.ids)

@@ -219,11 +219,12 @@ class RequestServer:
         identity, stream = key
         produced, prompt_tokens = len(ask.produced), len(ask.prompt)
         choice = writer(request.render, prompt_tokens, produced, request.cached_tokens)
+        pack, delta = wire.pack_few, choice.delta
         async for piece in self._engine.generate(ask):
-            ids = wire.pack(piece.ids)
+            ids = pack(piece.ids)
             produced += len(piece.ids)
             if piece.finish is None:
-                self._step(identity).deltas.append((stream, ids, choice.delta(piece)))
+                self._step(identity).deltas.append((stream, ids, delta(piece)))
                 continue
             self._step(identity).ends.append(
                 wire.End(

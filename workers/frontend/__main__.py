@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
+import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import uvloop
 
-from launch.errors import ConfigError
-from launch.plan import FRONTEND_PORT, plan
+from launch.errors import ConfigError, LaunchError
+from launch.plan import FRONTEND_PORT, plan, shared_port
 from launch.recipe import Kind, Recipe, RouterMode
 from launch.records import Control, RunDirectory
 from slurm.children import report
@@ -23,6 +25,7 @@ from slurm.places import Place, places
 from workers.engine.options import merged, serving_options
 from workers.frontend import tls
 from workers.frontend.admin import Admin
+from workers.frontend.admission import Gate, Thresholds
 from workers.frontend.app import App
 from workers.frontend.batches import Batches
 from workers.frontend.book import Book
@@ -34,12 +37,13 @@ from workers.frontend.kv_metrics import KvMetrics
 from workers.frontend.kv_plane import KvPlane
 from workers.frontend.kv_router import KvRouter, Weights
 from workers.frontend.kv_view import PREDICTED_S, KvView
+from workers.frontend.limits import ConnectionLimits, raise_descriptor_limit
 from workers.frontend.links import Links
 from workers.frontend.local import LocalPrefill
 from workers.frontend.metrics import Metrics
 from workers.frontend.reply import Kept
 from workers.frontend.router import Router, mode
-from workers.frontend.service import Served
+from workers.frontend.service import Served, Service
 from workers.frontend.sources import worker_tokenizes
 from workers.frontend.stored import Store
 from workers.frontend.text import Text
@@ -53,6 +57,9 @@ from workers.runtime.registry import Card, follow
 log = logging.getLogger("workers.frontend")
 
 FLUSH_S = 2.0
+KERNEL_SEND_BYTES = 256 << 10
+# Python looks for cycles after every 700 new objects, which a few streams make in a millisecond.
+GC_THRESHOLDS = (20_000, 20, 50)
 
 
 def main() -> int:
@@ -66,22 +73,44 @@ def main() -> int:
     index = plan(recipe).frontends.index(name)
     keys = (run.api_key(), run.admin_key())
     try:
-        uvloop.run(serve(recipe, control, place, port_of(recipe, place, index), keys, name, run.path))
-    except ConfigError as error:
+        sockets = listeners(recipe, place, index)
+        uvloop.run(serve(recipe, control, sockets, keys, name, run.path))
+    except LaunchError as error:
         log.error("%s: %s", name, error)
         return 1
     return 0
 
 
-def port_of(recipe: Recipe, place: Place, index: int) -> int:
-    """The port of a frontend process: the recipe's, counting up, or one of the rank's block."""
-    if recipe.frontend.port is not None:
-        return recipe.frontend.port + index
-    return int(place.port(FRONTEND_PORT + index))
+def listeners(recipe: Recipe, place: Place, index: int) -> list[socket.socket]:
+    """Sockets, bound: one for the deployment's clients, which all frontends share, and one for this frontend alone.
+
+    The kernel spreads connections to the shared port over the processes that listen there. A frontend that is the only one
+    has just the one port.
+    """
+    shared = shared_port(recipe, place)
+    own = int(place.port(FRONTEND_PORT + index))
+    ports = [shared] if recipe.frontend.processes == 1 else [shared, own]
+    return [bound(place.address, port, share=recipe.frontend.processes > 1 and port == shared) for port in ports]
+
+
+def bound(address: str, port: int, share: bool) -> socket.socket:
+    """A socket bound for a server; with `share` others of this user may bind the same port."""
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if share:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        # Its connections inherit it; by itself the kernel holds up to 4 MB for a client that does not read.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_SEND_BYTES)
+        listener.bind((address, port))
+    except OSError as error:
+        listener.close()
+        raise LaunchError(f"port {port} of {address} cannot be bound: {error}") from error
+    return listener
 
 
 async def serve(
-    recipe: Recipe, control: Control, place: Place, port: int, keys: tuple[str, str], name: str, folder: Path
+    recipe: Recipe, control: Control, sockets: Sequence[socket.socket], keys: tuple[str, str], name: str, folder: Path
 ) -> None:
     """Serve until SIGTERM; `keys` are the API's and the operators', `folder` is the run directory.
 
@@ -143,9 +172,9 @@ async def serve(
         room=lambda: all(link.waiting == 0 for link in links if link.usable),
     )
     store = Store(folder / "responses", recipe.frontend.stored_responses)
-    app = App(
-        served, text, pool, metrics, api_key, store, Files(drawer), batches, tracer, tokenize=recipe.engine.tokenize
-    )
+    gate = Gate(thresholds(recipe), pool.has_room, lambda why: metrics.refused.labels(why).inc())
+    service = Service(served, text, pool, metrics, gate, tokenize=recipe.engine.tokenize)
+    app = App(service, api_key, store, Files(drawer), batches, tracer)
     commander = Commander(control, recipe.name, name)
     app.admin = Admin(
         plan(recipe),
@@ -155,13 +184,26 @@ async def serve(
         api_key,
         recipe.engine.drain_s,
     )
-    server = Server(app, error_body, recipe.frontend.max_body_bytes)
-    listener = await loop.create_server(
-        server.protocol, place.address, port, backlog=4096, reuse_address=True, ssl=secure
+    app.admin.gate = gate
+    server = Server(
+        app,
+        error_body,
+        recipe.frontend.max_body_bytes,
+        connection_limits(recipe),
+        on_cut=lambda why: metrics.cut.labels(why).inc(),
     )
+    listening = [await loop.create_server(server.protocol, sock=item, backlog=4096, ssl=secure) for item in sockets]
     local = await listen_locally(server, recipe.frontend.unix_socket) if first else None
+    if local is not None:
+        listening.append(local)
     report("loading")
-    log.info("%s listens at %s://%s:%d", name, recipe.scheme, place.address, port)
+    addresses = [item.getsockname() for item in sockets]
+    where = " and ".join(f"{recipe.scheme}://{host}:{port}" for host, port, *_ in addresses)
+    log.info("%s listens at %s", name, where)
+    # What was made until here lives as long as the process: the collector need not look at it again and again.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     etcd = Etcd(control.etcd_url, control.etcd_user, control.etcd_password)
     async with etcd, asyncio.TaskGroup() as group:
         tasks = [
@@ -170,6 +212,7 @@ async def serve(
                 follow_load(control, recipe.name, name, lambda event: note(links, router, event)), name="load"
             ),
             group.create_task(links.keep(), name="links"),
+            group.create_task(server.keep(), name="connections"),
             group.create_task(commander.keep(), name="commands"),
         ]
         if first:
@@ -179,9 +222,7 @@ async def serve(
         report("ready")
         await stop.wait()
         report("draining")
-        if local is not None:
-            local.close()
-        await drain(app, listener, server, links, recipe.engine.drain_s)
+        await drain(app, listening, server, links, recipe.engine.drain_s)
         for task in tasks:
             task.cancel()
     links.close()
@@ -231,7 +272,7 @@ def tracer_of(recipe: Recipe, name: str) -> Tracer:
     return OtlpTracer(recipe.frontend.otlp_endpoint, recipe.name, name)
 
 
-async def drain(app: App, listener: asyncio.Server, server: Server, links: Links, timeout_s: float) -> None:
+async def drain(app: App, listening: Sequence[asyncio.Server], server: Server, links: Links, timeout_s: float) -> None:
     """Refuse what is new, let what runs finish for that long, end the rest with an error, then close every connection."""
     app.draining = True
     running = [item.task for item in server.connections if item.task]
@@ -240,7 +281,8 @@ async def drain(app: App, listener: asyncio.Server, server: Server, links: Links
         if late:
             links.abort("the deployment is stopping")
             await asyncio.wait(late, timeout=FLUSH_S)
-    listener.close()
+    for listener in listening:
+        listener.close()
     for connection in list(server.connections):
         connection.close()
     await server.wait_closed(FLUSH_S)
@@ -295,6 +337,26 @@ def local_prefill(recipe: Recipe) -> LocalPrefill:
     )
 
 
+def thresholds(recipe: Recipe) -> Thresholds:
+    """The limits of load to begin with."""
+    return Thresholds(**{name: getattr(recipe.frontend, name) for name in Thresholds.__struct_fields__})
+
+
+def connection_limits(recipe: Recipe) -> ConnectionLimits:
+    """What clients' connections may do; no more of them than there are descriptors for."""
+    wanted = recipe.frontend.max_connections
+    allowed = raise_descriptor_limit(wanted)
+    if allowed < wanted:
+        log.warning("%d connections at once instead of %d: raise `ulimit -n` for more", allowed, wanted)
+    return ConnectionLimits(
+        connections=allowed,
+        keep_alive_s=recipe.frontend.keep_alive_s,
+        request_s=recipe.frontend.request_timeout_s,
+        reader_s=recipe.frontend.reader_timeout_s,
+        unsent_bytes=recipe.frontend.max_unsent_bytes,
+    )
+
+
 def context_of(links: Links) -> int:
     """The shortest context among the workers; 0 while there is none."""
     return min((link.card.max_model_len for link in links), default=0)
@@ -305,7 +367,7 @@ def note(links: Links, router: Router, event: LoadEvent) -> None:
     link = links.by_member(event.member)
     if link is None or link.card.instance != event.instance:
         return
-    link.report(event.waiting)
+    link.report(event.waiting, event.kv_usage)
     if router.kv:
         card = link.card
         for rank in range(card.dp_first, card.dp_first + card.dp_count):

@@ -1,6 +1,7 @@
 """The operators' routes: operations on the live workers behind the frontend, under a key of their own.
 
     GET  /admin/members               what every worker says of itself
+    GET, POST /admin/limits           this frontend's limits of load (`workers.frontend.admission`), or other values for some
     POST /admin/<operation>           {"members": [...]} or {"role": ...}, or neither for all; and the operation's arguments
     POST /sleep?level=1, /wake_up, /pause, /resume, /reset_prefix_cache, /start_profile, /stop_profile,
          /v1/load_lora_adapter, /v1/unload_lora_adapter          the same, under vLLM's names
@@ -22,6 +23,7 @@ import msgspec
 from launch.errors import closest
 from launch.plan import Member, Plan
 from launch.recipe import Kind
+from workers.frontend.admission import Gate
 from workers.frontend.errors import ApiError, error_body
 from workers.frontend.http import Request
 from workers.frontend.reply import Reply as Answer
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 
 PREFIX = "/admin/"
 MEMBERS = "/admin/members"
+LIMITS = "/admin/limits"
 VLLM_NAMES: Mapping[str, Operation] = {
     "/v1/load_lora_adapter": Operation.LOAD_LORA,
     "/v1/unload_lora_adapter": Operation.UNLOAD_LORA,
@@ -74,6 +77,7 @@ class Admin:
         self._admin = f"Bearer {admin_key}".encode()
         self._api = f"Bearer {api_key}".encode()
         self._drain_s = drain_s
+        self.gate: Gate | None = None
 
     def owns(self, path: str) -> bool:
         """Whether a path is one of these routes."""
@@ -86,6 +90,9 @@ class Admin:
             ApiError: It is not allowed, or not understood; nothing was done.
         """
         self._authorize(request)
+        if request.path == LIMITS and self.gate is not None:
+            self._limits(self.gate, request, connection)
+            return
         listing = request.path == MEMBERS
         if request.method != ("GET" if listing else "POST"):
             raise ApiError(405, f"{request.path} takes {'GET' if listing else 'POST'}, not {request.method}")
@@ -115,17 +122,18 @@ class Admin:
             raise ApiError(403, "this route needs the admin key (the file admin_key beside api_key), not the API key")
         raise ApiError(401, "the admin key is missing or wrong: send it as `Authorization: Bearer <key>`")
 
+    def _limits(self, gate: Gate, request: Request, connection: Answer) -> None:
+        if request.method not in ("GET", "POST"):
+            raise ApiError(405, f"{LIMITS} takes GET or POST, not {request.method}")
+        before = gate.thresholds
+        gate.change(_given(request))
+        if gate.thresholds != before:
+            log.info("limits are now %s", gate.thresholds)
+        connection.respond(200, msgspec.json.encode({"limits": gate.thresholds, "waiting": gate.waiting}))
+
     def _understand(self, request: Request) -> tuple[Operation, dict[str, Any]]:
         """The operation and its arguments, from the query and the body; of a field in both the body's value counts."""
-        body: Any = {}
-        if request.body.strip():
-            try:
-                body = msgspec.json.decode(request.body)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                raise ApiError(400, f"the body is not valid JSON: {error}") from error
-        if not isinstance(body, dict):
-            raise ApiError(400, "the body is not a JSON object")
-        given = dict(parse_qsl(request.query, keep_blank_values=True)) | body
+        given = _given(request)
         operation = VLLM_NAMES.get(request.path)
         if operation is None:
             return commands.operation(request.path.removeprefix(PREFIX)), given
@@ -195,6 +203,19 @@ class Admin:
         said = "; ".join(f"{reply.member}: {reply.message}" for reply in failed)
         error = msgspec.json.decode(error_body(status, said))
         connection.respond(status, msgspec.json.encode(error | report))
+
+
+def _given(request: Request) -> dict[str, Any]:
+    """What a request says in its query and its body."""
+    body: Any = {}
+    if request.body.strip():
+        try:
+            body = msgspec.json.decode(request.body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ApiError(400, f"the body is not valid JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body is not a JSON object")
+    return dict(parse_qsl(request.query, keep_blank_values=True)) | body
 
 
 def _partial(given: dict[str, Any]) -> bool:

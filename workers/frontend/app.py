@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from launch.recipe import Tokenize
 from workers.frontend import chats, tokens
 from workers.frontend.about import About
 from workers.frontend.admin import Admin
@@ -16,19 +15,16 @@ from workers.frontend.auth import Keys
 from workers.frontend.batches import Batches, BatchRequest
 from workers.frontend.bodies import unpacked
 from workers.frontend.errors import ApiError
-from workers.frontend.exchange import Pool
 from workers.frontend.files import UPLOAD, Files
 from workers.frontend.http import Request
 from workers.frontend.messages import CountRequest, MessageRequest, Messages
-from workers.frontend.metrics import Metrics
 from workers.frontend.openai import ChatRequest, CompletionRequest
 from workers.frontend.openapi import document
 from workers.frontend.reply import REQUEST_ID_HEADER, Reply, told
 from workers.frontend.responses import ResponseRequest, Responses, TokensRequest
 from workers.frontend.routes import Access, Route, Routes
-from workers.frontend.service import Served, Service
+from workers.frontend.service import Service
 from workers.frontend.stored import Store
-from workers.frontend.text import Text
 from workers.frontend.trace import Tracer
 
 ANTHROPIC = "/v1/messages"
@@ -39,21 +35,16 @@ class App:
 
     def __init__(
         self,
-        served: Served,
-        text: Text | None,
-        pool: Pool,
-        metrics: Metrics,
+        service: Service,
         api_key: str,
         store: Store,
         files: Files,
         batches: Batches,
         tracer: Tracer,
-        tokenize: Tokenize = Tokenize.AUTO,
     ) -> None:
-        """Make the handler; without a `text` workers make every prompt, else those that `tokenize` leaves to them."""
-        self.service = Service(served, text, pool, metrics, tokenize)
+        self.service = service
         self._keys = Keys(api_key)
-        self._metrics = metrics
+        self._metrics = service.metrics
         self._tracer = tracer
         self.admin: Admin | None = None
         about, messages, responses = About(self.service), Messages(self.service), Responses(self.service, store)

@@ -14,6 +14,7 @@ from workers.frontend.service import Service
 from workers.frontend.sources import source
 from workers.runtime.wire import Shape
 
+CHARS_PER_TOKEN = 4  # where a prompt is not tokenized here: the usual guess for English
 # vLLM's routes for pooling models, and the same under /v1 where vLLM has them elsewhere.
 POOLING_ROUTES = {
     "/v1/embeddings": "embeddings",
@@ -60,7 +61,11 @@ async def pooling(service: Service, request: Request, reply: Reply) -> None:
     model = parse(request.body, PoolingRequest)[0].model or service.served.name
     service.admit(model, generates=False)
     route = POOLING_ROUTES[request.path]
-    request_id = request.headers[REQUEST_ID_HEADER]
-    called = await call(service.pool, Kind.EMBEDDING, request_id, route, request.body, service.adapter(model))
+    request_id, key = request.headers[REQUEST_ID_HEADER], request.key_id
+    guess = len(request.body) // CHARS_PER_TOKEN
+    header = told(request) + service.gate.charge(key, guess)
+    await service.gate.turn(key, guess)
+    with service.gate.passing():
+        called = await call(service.pool, Kind.EMBEDDING, request_id, route, request.body, service.adapter(model))
     service.metrics.prompt_tokens.inc(called.prompt_tokens)
-    reply.respond(called.status, called.body, told(request), called.content_type.encode())
+    reply.respond(called.status, called.body, header, called.content_type.encode())

@@ -12,6 +12,7 @@ KINDS = {
     403: "permission_error",
     404: "not_found_error",
     413: "invalid_request_error",
+    429: "rate_limit_error",
     500: "internal_server_error",
 }
 ANTHROPIC_KINDS = {
@@ -32,6 +33,7 @@ class ApiError(Exception):
         param: Name of the field that is at fault, where there is one.
         retry_after_s: Told to the client when the same request may succeed later.
         allow: Methods that the path takes, where the one that was sent is not among them.
+        more_headers: Further header lines of the answer, each ending in CRLF.
     """
 
     def __init__(
@@ -41,12 +43,14 @@ class ApiError(Exception):
         param: str | None = None,
         retry_after_s: int | None = None,
         allow: str | None = None,
+        more_headers: bytes = b"",
     ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
         self.retry_after_s = retry_after_s
         self.allow = allow
+        self.more_headers = more_headers
 
     def body(self) -> bytes:
         """The JSON body."""
@@ -60,7 +64,8 @@ class ApiError(Exception):
     def headers(self) -> bytes:
         """Further header lines."""
         lines = b"" if self.retry_after_s is None else b"Retry-After: %d\r\n" % self.retry_after_s
-        return lines if self.allow is None else lines + b"Allow: %b\r\n" % self.allow.encode()
+        lines += b"" if self.allow is None else b"Allow: %b\r\n" % self.allow.encode()
+        return lines + self.more_headers
 
 
 def error_body(status: int, message: str, param: str | None = None) -> bytes:

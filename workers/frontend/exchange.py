@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from launch.recipe import Kind
+from workers.frontend.admission import Thresholds
 from workers.frontend.book import Key
 from workers.frontend.errors import ApiError
 from workers.frontend.kv_router import KvBooking
@@ -199,6 +200,11 @@ class Pool:
             return set()
         busy = {link.card.instance: link.prefilling for link in self.usable(Kind.DECODE)}
         return {name for name, tokens in busy.items() if not self._local.has_room(question.tokens, tokens)}
+
+    def has_room(self, thresholds: Thresholds) -> bool:
+        """Whether a worker of every kind that is there is not busy; what is not there is for `pick` to say."""
+        there = [links for kind in self._needed if (links := self.usable(kind))]
+        return all(any(not thresholds.busy(link) for link in links) for links in there)
 
     @property
     def needed(self) -> tuple[Kind, ...]:

@@ -71,6 +71,11 @@ class Generation:
         self.id = PREFIXES[shape] + secrets.token_hex(12)
 
     @property
+    def tokens(self) -> int:
+        """Prompt tokens that the workers compute, with each answer counted: none need share a worker."""
+        return self.choices * sum(len(prompt) // 4 or self._guess for prompt in self.prompts)
+
+    @property
     def param(self) -> str:
         """The field that holds the prompt."""
         chats = {Shape.COMPLETION: "prompt", Shape.RESPONSE: "input"}
@@ -172,9 +177,10 @@ async def answer_choices(service: Service, generation: Generation, request: Requ
     generation.check(service.context())
     ask = generation.ask
     envelope = generation.envelope()
-    answers = Streamed(reply, told(request), service.metrics) if ask.streams else Collected()
+    header = told(request) + service.gate.charge(request.key_id, generation.tokens)
+    answers = Streamed(reply, header, service.metrics) if ask.streams else Collected()
     questions = generation.questions(envelope, request, service.adapter(ask.model))
-    ends = await _finished(service.pool, questions, answers, reply, request.chunked, openai_event)
+    ends = await _finished(service, generation, questions, answers, reply, request, openai_event)
     if ends is None:
         return
     usage = _counted(service.metrics, generation, ends)
@@ -188,7 +194,7 @@ async def answer_choices(service: Service, generation: Generation, request: Requ
         choices = b",".join(end.data for end in ends)
         extra = ends[0].extra
         body = b'%b"choices":[%b],"usage":%b%b}' % (envelope.encode(), choices, usage.encode(), extra)
-        reply.respond(200, body, told(request))
+        reply.respond(200, body, header)
 
 
 async def answer_whole(
@@ -214,9 +220,10 @@ async def answer_whole(
     Raises:
         ApiError: It was refused, or could not be answered, before its first byte.
     """
-    answers = Streamed(reply, told(request), service.metrics) if generation.ask.streams else Collected()
+    header = told(request) + service.gate.charge(request.key_id, generation.tokens)
+    answers = Streamed(reply, header, service.metrics) if generation.ask.streams else Collected()
     questions = generation.questions(head, request, service.adapter(generation.ask.model))
-    ends = await _finished(service.pool, questions, answers, reply, request.chunked, error_event)
+    ends = await _finished(service, generation, questions, answers, reply, request, error_event)
     if ends is None:
         return
     _counted(service.metrics, generation, ends)
@@ -226,28 +233,33 @@ async def answer_whole(
         answers.write(ends[0].data)
         reply.end_events()
     else:
-        reply.respond(200, ends[0].data, told(request))
+        reply.respond(200, ends[0].data, header)
 
 
 async def _finished(
-    pool: Pool,
+    service: Service,
+    generation: Generation,
     questions: list[Question],
     answers: Streamed | Collected,
     reply: Reply,
-    chunked: bool,
+    request: Request,
     error_event: ErrorEvent,
 ) -> list[Answered] | None:
-    """The ends of all answers; None when the stream has been ended with an error."""
+    """The ends of all answers, asked for once it is the request's turn; None when the stream has been ended with an error."""
+    await service.gate.turn(request.key_id, generation.tokens)
     try:
-        return await _all_answers(pool, questions, answers)
+        with service.gate.passing():
+            ends = await _all_answers(service.pool, questions, answers)
     except ApiError as error:
         if not isinstance(answers, Streamed) or not answers.begun:
             raise
         # After the first byte an error is an event that ends the stream; its status is for the metrics.
         reply.status = error.status
-        answers.write(framed(error_event(error), chunked))
+        answers.write(framed(error_event(error), request.chunked))
         reply.end_events()
         return None
+    service.gate.answered(request.key_id, sum(end.completion_tokens for end in ends))
+    return ends
 
 
 async def _all_answers(pool: Pool, questions: list[Question], answers: Streamed | Collected) -> list[Answered]:
@@ -294,6 +306,9 @@ class Streamed:
             self.begun = True
             self._metrics.first_byte.observe(time.perf_counter() - self._asked)
             self._reply.begin_events(self._header)
+            self._reply.write(data)
+            self._reply.flush()  # the first token waits for nobody
+            return
         self._reply.write(data)
 
 

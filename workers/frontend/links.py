@@ -58,6 +58,7 @@ class Link:
         self.card = card
         self.listed = True
         self._waiting = (0, 0.0)
+        self._kv_usage = 0.0
         self._session = 0
         self._streams: dict[int, Sink] = {}
         self._costs: dict[int, tuple[int, int]] = {}
@@ -95,9 +96,15 @@ class Link:
         number, reported = self._waiting
         return number if time.monotonic() - reported < LOAD_VALID_S else 0
 
-    def report(self, waiting: int) -> None:
+    @property
+    def kv_usage(self) -> float:
+        """Share of the worker's KV blocks in use, 0 to 1; 0 when no report came lately."""
+        return self._kv_usage if time.monotonic() - self._waiting[1] < LOAD_VALID_S else 0.0
+
+    def report(self, waiting: int, kv_usage: float = 0.0) -> None:
         """Keep what the worker reported of its load."""
         self._waiting = (waiting, time.monotonic())
+        self._kv_usage = kv_usage
 
     def open(
         self, build: Callable[[int], wire.Generate | wire.Call], sink: Sink, rank: int = -1, tokens: int = 0

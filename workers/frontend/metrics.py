@@ -47,6 +47,21 @@ class Metrics:
             "Clients that left before their answer.",
             registry=self.registry,
         )
+        self.queued = Gauge(
+            "baton_frontend_queued_requests", "Requests that wait for a worker with room.", registry=self.registry
+        )
+        self.refused = Counter(
+            "baton_frontend_refused_total",
+            "Requests that were refused because of load or of a limit of their key.",
+            ("reason",),
+            registry=self.registry,
+        )
+        self.cut = Counter(
+            "baton_frontend_cut_connections_total",
+            "Connections that were closed because their clients read or sent too slowly.",
+            ("reason",),
+            registry=self.registry,
+        )
         self.first_byte = Histogram(
             "baton_frontend_time_to_first_token_seconds",
             "From the whole request to the first bytes of a stream, in seconds.",

@@ -29,6 +29,10 @@ class Reply(Protocol):
         """Send bytes of a stream, framed as the request's `chunked` says."""
         ...
 
+    def flush(self) -> None:
+        """Send what was written at once, and not together with what comes soon."""
+        ...
+
     def end_events(self) -> None:
         """End the stream."""
         ...
@@ -54,6 +58,9 @@ class Kept:
     def write(self, data: bytes) -> None:
         """Reply."""
         raise NotImplementedError("a kept answer is no stream")
+
+    def flush(self) -> None:
+        """Reply."""
 
     def end_events(self) -> None:
         """Reply."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from launch.recipe import Kind, Tokenize
+from workers.frontend.admission import Gate
 from workers.frontend.errors import ApiError
 from workers.frontend.exchange import Pool
 from workers.frontend.metrics import Metrics
@@ -44,8 +45,12 @@ class Service:
     local_text: Text | None
     pool: Pool
     metrics: Metrics
+    gate: Gate
     tokenize: Tokenize = Tokenize.AUTO
     draining: bool = False
+
+    def __post_init__(self) -> None:
+        self.metrics.queued.set_function(lambda: self.gate.waiting)
 
     @property
     def text(self) -> Text:
@@ -86,6 +91,7 @@ class Service:
             raise ApiError(503, "the deployment is stopping", retry_after_s=5)
         if self.pool.unable:
             raise ApiError(503, self.reason(self.pool.unable), retry_after_s=1)
+        self.gate.refuse_early()
 
     def context(self) -> int:
         """Context length of the model.

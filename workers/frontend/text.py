@@ -18,7 +18,7 @@ import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from workers.frontend.errors import ApiError
-from workers.runtime.wire import pack
+from workers.frontend.turns import Tokens
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -32,11 +32,12 @@ class Text:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_truncation()  # as transformers does; a tokenizer.json may bring limits from its training
         self._tokenizer.no_padding()
+        self._tokens = Tokens(self._tokenizer)
         config = json.loads((folder / "tokenizer_config.json").read_text())
         self._special = {name: _token(config[name]) for name in SPECIAL_TOKENS if config.get(name)}
         source, with_tools = _template_sources(folder, config) if chat_template is None else (_given(chat_template), "")
-        self._template = _environment().from_string(source) if source else None
-        self._tool_template = _environment().from_string(with_tools) if with_tools else self._template
+        self._template = _compiled(source) if source else None
+        self._tool_template = _compiled(with_tools) if with_tools else self._template
         self._variables = dict(variables or {})
         self._knows_developer = '"developer"' in source or "'developer'" in source
         # A template that loops over a message's content wants it as a list of parts, any other as a string.
@@ -85,7 +86,7 @@ class Text:
 
     def encode(self, text: str, special: bool = True) -> bytes:
         """Packed token ids of a text; `special` adds what the tokenizer puts around a text (a begin token, mostly)."""
-        return pack(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        return self._tokens.encode(text, special)
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens and all."""
@@ -222,6 +223,13 @@ def _given(chat_template: str) -> str:
 
 def _token(value: Any) -> str:
     return str(value["content"]) if isinstance(value, dict) else str(value)
+
+
+def _compiled(source: str) -> jinja2.Template:
+    template = _environment().from_string(source)
+    # jinja2 has a chain of mappings there, and copies it for each rendering: a tenth of all that a request costs.
+    template.globals = dict(template.globals)
+    return template
 
 
 def _environment() -> jinja2.Environment:

@@ -2,7 +2,7 @@
 
 `zmq.asyncio` allocates futures and polls for each receive; here the loop watches the socket's descriptor and one callback
 drains it. The descriptor is edge-triggered: it fires once for any number of messages, and using the socket in any way may
-swallow the edge, so that each drain reads until nothing is left and each send looks for input again.
+swallow the edge, so that reading goes on, turn by turn, until nothing is left, and each send looks for input again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import zmq
 
 # Messages, not bytes, that may wait for a peer: a step of a worker is one message, so this is minutes of them.
 HIGH_WATER = 10_000
+# Messages that are read in one turn of the loop: a peer that never stops sending must not keep everything else waiting.
+TURN = 16
 
 
 class LoopSocket:
@@ -52,7 +54,9 @@ class LoopSocket:
         self.raw.close(linger_ms)
 
     def _drain(self) -> None:
-        while not self.raw.closed:
+        for _ in range(TURN):
+            if self.raw.closed:
+                return
             try:
                 parts = self.raw.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -62,3 +66,4 @@ class LoopSocket:
             except BaseException:
                 self._loop.call_soon(self._drain)  # the rest still waits, and its edge is spent
                 raise
+        self._loop.call_soon(self._drain)

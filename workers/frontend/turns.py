@@ -1,0 +1,90 @@
+"""Text to token ids, fast: outside the GIL, and a turn of a conversation once.
+
+A tokenizer first splits a text at its *added tokens* (`<|user|>` and the like), then works on each piece by itself. So the
+ids of a conversation are those of its turns put together, and what was said before need not be tokenized again. Turns are
+kept, up to a bound, least recently used first out. Only splits that cannot change the result are made (`boundaries`).
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from tokenizers import AddedToken, Tokenizer
+
+from workers.runtime.wire import pack
+
+MAX_CACHED_CHARS = 16 << 20
+
+
+class Tokens:
+    """A tokenizer, and the turns that it has seen; may be used from several threads."""
+
+    def __init__(self, tokenizer: Tokenizer, max_cached_chars: int = MAX_CACHED_CHARS) -> None:
+        self._tokenizer = tokenizer
+        self._max_cached_chars = max_cached_chars
+        marks = boundaries(list(tokenizer.get_added_tokens_decoder().values()))
+        self._split = re.compile(f"(?={'|'.join(map(re.escape, marks))})") if marks else None
+        self._cache: OrderedDict[str, bytes] = OrderedDict()
+        self._cached_chars = 0
+        self._lock = threading.Lock()
+
+    def encode(self, text: str, special: bool) -> bytes:
+        """Packed token ids of a text; `special` adds what the tokenizer puts around a text (a begin token, mostly)."""
+        if special or self._split is None:
+            return self._encode([text], special)[0]
+        turns = self._split.split(text)
+        with self._lock:
+            found = {turn: self._recall(turn) for turn in turns}
+        missing = [turn for turn, ids in found.items() if not ids]
+        for turn, ids in zip(missing, self._encode(missing, special=False), strict=True):
+            found[turn] = ids
+        with self._lock:
+            for turn in missing:
+                self._keep(turn, found[turn])
+        return b"".join([found[turn] for turn in turns])
+
+    def _encode(self, texts: list[str], special: bool) -> list[bytes]:
+        # `encode` holds the GIL, and works out offsets that nobody asks for.
+        return [pack(item.ids) for item in self._tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
+
+    def _recall(self, turn: str) -> bytes:
+        """The ids of a turn, none when it is not known (or has none)."""
+        ids = self._cache.get(turn, b"")
+        if ids:
+            self._cache.move_to_end(turn)
+        return ids
+
+    def _keep(self, turn: str, ids: bytes) -> None:
+        if not ids or turn in self._cache or len(turn) > self._max_cached_chars // 8:
+            return
+        self._cache[turn] = ids
+        self._cached_chars += len(turn)
+        while self._cached_chars > self._max_cached_chars:
+            self._cached_chars -= len(self._cache.popitem(last=False)[0])
+
+
+def boundaries(added: Sequence[AddedToken]) -> list[str]:
+    """The added tokens before which a text may be cut without changing its ids.
+
+    They are found in the text as it is (not normalized), leave what is around them alone, and share no characters with
+    another added token, wherever the two may meet: what is found then does not depend on what comes before.
+    """
+    contents = {token.content for token in added}
+    beginnings = {text[:end] for text in contents for end in range(1, len(text) + 1)}
+    endings = {text[start:] for text in contents for start in range(len(text))}
+
+    def alone(text: str) -> bool:
+        begins_another = any(text[start:] in beginnings for start in range(1, len(text)))
+        ends_another = any(text[:end] in endings for end in range(1, len(text)))
+        return not begins_another and not ends_another and sum(text in other for other in contents) == 1
+
+    return sorted(
+        token.content
+        for token in added
+        if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+        and not token.content[:1].isalnum()
+        and alone(token.content)
+    )
