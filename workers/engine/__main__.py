@@ -158,7 +158,15 @@ async def serve(recipe: Recipe, member: Member, place: Place, control: Control, 
             group.create_task(server.beat(), name="beat"),
             group.create_task(pulse.beat(), name="pulse"),
             group.create_task(publish_load(control, recipe.name, load), name="load"),
-            group.create_task(watch.run(recipe.engine.canary_interval_s, recipe.engine.canary_timeout_s), name="watch"),
+            group.create_task(
+                watch.run(
+                    recipe.engine.canary_interval_s,
+                    recipe.engine.canary_timeout_s,
+                    recipe.frontend.stall_timeout_s,
+                    lambda: server.streams,
+                ),
+                name="watch",
+            ),
         ]
         async with (
             registered(etcd, recipe.name, card, recipe.control.lease_ttl_s) as registration,

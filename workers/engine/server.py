@@ -18,6 +18,7 @@ from workers.engine.base import Ask, Engine, LostError, RefusedError, UnbegunErr
 from workers.engine.metrics import Outcomes
 from workers.engine.render import Choice
 from workers.runtime import wire
+from workers.runtime.awake import AwakeClock
 from workers.runtime.sockets import LoopSocket
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class RequestServer:
         self._socket: LoopSocket | None = None
         self._tasks: dict[StreamKey, asyncio.Task[None]] = {}
         self._steps: dict[bytes, wire.Step] = {}
+        self._clock = AwakeClock()
         self._heard: dict[bytes, float] = {}
         self._sessions: dict[bytes, int] = {}
         self._session = itertools.count(1)
@@ -66,8 +68,9 @@ class RequestServer:
     async def beat(self) -> None:
         """Tell every frontend, twice a second, that we live; forget those that fell silent."""
         while True:
+            self._clock.tick()
             self.announce()
-            now = time.monotonic()
+            now = self._clock.now
             for identity in [who for who, when in self._heard.items() if now - when > FRONTEND_SILENT_S]:
                 self._forget(identity)
             await asyncio.sleep(BEAT_S)
@@ -122,7 +125,7 @@ class RequestServer:
         except msgspec.DecodeError:
             log.warning("dropped a message of %d bytes that is none of ours", len(payload))
             return
-        self._heard[identity] = time.monotonic()
+        self._heard[identity] = self._clock.now
         if identity not in self._sessions:
             self._sessions[identity] = next(self._session)
             self.announce()
