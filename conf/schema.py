@@ -132,6 +132,12 @@ class FrontendConf:
 
 
 @dataclass
+class FailoverConf:
+    max_attempts: int = 3
+    """Workers that one request may cost: when that many were lost under it, it ends with an error."""
+
+
+@dataclass
 class ClusterConf:
     name: str = MISSING
     """Name of the profile."""
@@ -180,6 +186,7 @@ class Config:
     engine: EngineConf = field(default_factory=EngineConf)
     control: ControlConf = field(default_factory=ControlConf)
     frontend: FrontendConf = field(default_factory=FrontendConf)
+    failover: FailoverConf = field(default_factory=FailoverConf)
     cluster: ClusterConf = field(default_factory=ClusterConf)
     slurm: SlurmConf = field(default_factory=SlurmConf)
     launcher: str | None = None

@@ -26,6 +26,7 @@ from launch.recipe import (
     Control,
     Engine,
     Executor,
+    Failover,
     Frontend,
     Kind,
     Launcher,
@@ -125,6 +126,7 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
                 local_prefill=word(LocalPrefillMode, "frontend.local_prefill", written.frontend.local_prefill),
             )
         ),
+        failover=Failover(**_fields(written.failover)),
         cluster=Cluster(
             **_fields(
                 written.cluster,
