@@ -49,12 +49,14 @@ class EchoEngine:
                 transfer.unpack(ask.transfer, len(ask.prompt) + len(ask.produced), BLOCK_SIZE)
             room = MAX_MODEL_LEN - len(ask.prompt)
             count = room if ask.max_tokens < 0 else min(ask.max_tokens, room)
+            # A unary answer is written whole by whoever ends it: what another worker said belongs to it.
+            earlier = "" if ask.render.stream else "".join(map(self._say, ask.produced))
             for produced in range(len(ask.produced), count):
                 await asyncio.sleep(self._interval_s)
                 token = ask.prompt[produced % len(ask.prompt)]
                 self.load.progress += 1
                 self.stats[0].record(None, None)
-                text = self._tokenizer.decode([token], skip_special_tokens=False)
+                text, earlier = earlier + self._say(token), ""
                 yield Piece(ids=(token,), text=text, finish="length" if produced == count - 1 else None)
         finally:
             self.load.running -= 1
@@ -74,6 +76,10 @@ class EchoEngine:
 
     def shutdown(self, timeout_s: float) -> None:
         """Nothing to end."""
+
+    def _say(self, token: int) -> str:
+        said: str = self._tokenizer.decode([token], skip_special_tokens=False)
+        return said
 
     def _transfer(self, ask: Ask) -> dict[str, Any]:
         """What vLLM's NixlConnector returns from a prefill, in shape."""
