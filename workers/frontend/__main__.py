@@ -36,6 +36,7 @@ from workers.runtime.registry import follow
 log = logging.getLogger("workers.frontend")
 
 FLUSH_S = 2.0
+SETTLE_S = 1.0
 
 
 def main() -> int:
@@ -78,6 +79,7 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys:
         local=local_prefill(recipe),
         on_local=lambda reason: metrics.local_prefills.labels(reason).inc(),
         on_resumed=metrics.resumed.inc,
+        attempts=recipe.failover.max_attempts,
     )
     served = Served(
         name=recipe.model.name,
@@ -98,9 +100,7 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys:
         recipe.engine.drain_s,
     )
     server = Server(app, error_body, recipe.frontend.max_body_bytes)
-    listener = await loop.create_server(server.protocol, place.address, port, backlog=4096, reuse_address=True)
     report("loading")
-    log.info("%s listens at http://%s:%d", name, place.address, port)
     etcd = Etcd(control.etcd_url, control.etcd_user, control.etcd_password)
     async with etcd, asyncio.TaskGroup() as group:
         tasks = [
@@ -109,6 +109,10 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys:
             group.create_task(links.keep(), name="links"),
             group.create_task(commander.keep(), name="commands"),
         ]
+        # One that comes back while others serve must not answer, for want of a view, that there is nobody.
+        await links.settle(SETTLE_S)
+        listener = await loop.create_server(server.protocol, place.address, port, backlog=4096, reuse_address=True)
+        log.info("%s listens at http://%s:%d", name, place.address, port)
         report("ready")
         await stop.wait()
         report("draining")
