@@ -110,8 +110,8 @@ class RankRecord(msgspec.Struct, kw_only=True):
 class Control(msgspec.Struct, kw_only=True):
     """Addresses and secrets of the control plane.
 
-    The CURVE key pair (Z85 text) is that of every worker's request socket. A frontend that knows the public half may
-    connect, so that half is a secret too.
+    The CURVE key pairs (Z85 text) are those of every worker's request socket, and of every frontend that connects to one:
+    each side proves that it has its own (`workers.runtime.curve`).
     """
 
     attempt: int
@@ -123,6 +123,8 @@ class Control(msgspec.Struct, kw_only=True):
     etcd_password: str
     worker_public: str
     worker_secret: str
+    frontend_public: str = ""
+    frontend_secret: str = ""
 
 
 class Endpoint(msgspec.Struct, kw_only=True):

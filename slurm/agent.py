@@ -283,7 +283,7 @@ class Agent:
 
     def _new_control(self) -> Control:
         address, base = self._record.address, self._record.port_base
-        public, secret = zmq.curve_keypair()
+        worker, frontend = ([key.decode() for key in zmq.curve_keypair()] for _ in range(2))
         return Control(
             attempt=self._job.attempt,
             nats_url=f"nats://{address}:{base + NATS_PORT}",
@@ -292,8 +292,10 @@ class Agent:
             etcd_url=f"http://{address}:{base + ETCD_PORT}",
             etcd_user="root",
             etcd_password=secrets.token_urlsafe(24),
-            worker_public=public.decode(),
-            worker_secret=secret.decode(),
+            worker_public=worker[0],
+            worker_secret=worker[1],
+            frontend_public=frontend[0],
+            frontend_secret=frontend[1],
         )
 
     # --- what the other ranks say ---------------------------------------------------------------------------------

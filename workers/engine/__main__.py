@@ -41,6 +41,7 @@ from workers.engine.options import serving_options
 from workers.engine.page import MetricsPage, own_multiprocess_folder, process_families
 from workers.engine.server import RequestServer
 from workers.runtime import wire
+from workers.runtime.curve import ServerKeys
 from workers.runtime.etcd import Etcd
 from workers.runtime.events import LoadEvent, publish_load
 from workers.runtime.logs import set_up_logging
@@ -130,7 +131,7 @@ async def serve(recipe: Recipe, member: Member, place: Place, control: Control, 
     registry = CollectorRegistry()
     server = RequestServer(engine, card.instance, registry)
     context: zmq.Context[Any] = zmq.Context()
-    server.bind(context, card.address, (control.worker_public, control.worker_secret))
+    server.bind(context, card.address, ServerKeys.of_workers(control))
 
     def on_standing(serving: bool) -> None:
         server.admit() if serving else server.withdraw()

@@ -28,6 +28,7 @@ from workers.frontend.metrics import Metrics
 from workers.frontend.router import mode
 from workers.frontend.text import Text
 from workers.runtime.commands import Commander
+from workers.runtime.curve import ClientKeys
 from workers.runtime.etcd import Etcd
 from workers.runtime.events import LoadEvent, follow_load
 from workers.runtime.logs import set_up_logging
@@ -69,7 +70,7 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys:
         loop.add_signal_handler(signum, stop.set)
     metrics = Metrics()
     readiness = Readiness()
-    links = Links(control.worker_public, recipe.frontend.stall_timeout_s, lambda: readiness.look(pool))
+    links = Links(ClientKeys.of_frontends(control), recipe.frontend.stall_timeout_s, lambda: readiness.look(pool))
     pool = Pool(
         links,
         {kind: mode(recipe.frontend.router) for kind in Kind},

@@ -22,6 +22,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from workers.runtime import wire
 from workers.runtime.awake import AwakeClock
+from workers.runtime.curve import ClientKeys
 from workers.runtime.registry import Card
 from workers.runtime.sockets import LoopSocket
 
@@ -53,7 +54,7 @@ class Link:
         self,
         card: Card,
         context: zmq.Context[Any],
-        curve_server: str,
+        keys: ClientKeys,
         stall_timeout_s: float,
         clock: AwakeClock,
         on_change: Callable[[], None],
@@ -75,7 +76,7 @@ class Link:
         self._connected = False
         self._serving = False
         self._heard = clock.now - stall_timeout_s
-        self._socket = self._connect(context, curve_server)
+        self._socket = self._connect(context, keys)
         self._monitor = self._watch()
         self._socket.raw.connect(card.address)
 
@@ -182,10 +183,9 @@ class Link:
         self._monitor.close()
         self._socket.close()
 
-    def _connect(self, context: zmq.Context[Any], curve_server: str) -> LoopSocket:
+    def _connect(self, context: zmq.Context[Any], keys: ClientKeys) -> LoopSocket:
         socket = LoopSocket(context, zmq.DEALER, self._on_message)
-        socket.raw.curve_publickey, socket.raw.curve_secretkey = zmq.curve_keypair()
-        socket.raw.curve_serverkey = curve_server.encode()
+        keys.apply(socket.raw)
         # Frames must not queue for a worker that is not there: a request is then better sent elsewhere.
         socket.raw.setsockopt(zmq.IMMEDIATE, 1)
         socket.raw.setsockopt(zmq.RECONNECT_IVL, 50)
@@ -261,9 +261,9 @@ class Link:
 class Links:
     """All links of a frontend."""
 
-    def __init__(self, curve_server: str, stall_timeout_s: float, on_change: Callable[[], None]) -> None:
+    def __init__(self, keys: ClientKeys, stall_timeout_s: float, on_change: Callable[[], None]) -> None:
         self._context: zmq.Context[Any] = zmq.Context()
-        self._curve_server = curve_server
+        self._keys = keys
         self._stall_timeout_s = stall_timeout_s
         self._clock = AwakeClock()
         self._on_change = on_change
@@ -282,7 +282,7 @@ class Links:
                 link.card = card  # the same worker may say more of itself than before: adapters, for one
                 continue
             self._links[instance] = Link(
-                card, self._context, self._curve_server, self._stall_timeout_s, self._clock, self._on_change
+                card, self._context, self._keys, self._stall_timeout_s, self._clock, self._on_change
             )
         for instance, link in self._links.items():
             link.listed = instance in listed
