@@ -171,19 +171,22 @@ class Faults:
             await asyncio.sleep(POLL_S)
 
     async def _whole(self, after: str, workers: bool) -> float:
-        """Seconds until every frontend answers and etcd lists every worker that is ready.
-
-        After a fault of a worker all have to be ready, and every frontend says that nobody is missing.
-        """
+        """Seconds until what the fault could break is whole."""
         begun = time.monotonic()
-        while not (
-            await self._all_answer({"ready"} if workers else {"ready", "degraded"}) and await self._all_listed()
-        ):
+        while not (await self._well() if workers else await self._known()):
             if time.monotonic() - begun > WHOLE_S:
                 self.ledger.problems.append(f"the deployment was not whole {WHOLE_S:.0f} s after: {after}")
                 break
             await asyncio.sleep(POLL_S)
         return time.monotonic() - begun
+
+    async def _well(self) -> bool:
+        """Whether every frontend says that nobody is missing."""
+        return await self._all_answer({"ready"})
+
+    async def _known(self) -> bool:
+        """Whether etcd lists every worker that is ready, and every frontend answers."""
+        return await self._all_listed() and await self._all_answer({"ready", "degraded"})
 
     async def _all_answer(self, states: set[str]) -> bool:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
