@@ -16,7 +16,6 @@ from launch.recipe import Cluster, Executor, Kind, Recipe, Role
 PORT_BLOCK = 256
 NATS_PORT = 1
 ETCD_PORT = 2
-ETCD_PEER_PORT = 3
 FRONTEND_PORT = 8
 FRONTEND_PORTS = 8
 MEMBER_PORT = 16

@@ -204,7 +204,7 @@ class Faults:
         control = self._running.run.control()
         assert control
         ready = {name for name, (_, state) in _members(self._running.run).items() if state is State.READY}
-        async with Etcd(control.etcd_url, control.etcd_user, control.etcd_password) as etcd:
+        async with Etcd(control) as etcd:
             try:
                 found, _ = await etcd.prefix(prefix(self._running.run.name))
             except EtcdError:

@@ -61,7 +61,7 @@ async def pool(deployment: Deployment) -> AsyncIterator[Pool]:
     links = Links(ClientKeys.of_frontends(control), 5.0, lambda: None)
     modes = {kind: mode(recipe.frontend.router) for kind in Kind}
     found = Pool(links, modes, recipe.disaggregated, lambda kind: None)
-    async with Etcd(control.etcd_url, control.etcd_user, control.etcd_password) as etcd, asyncio.TaskGroup() as group:
+    async with Etcd(control) as etcd, asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(follow(etcd, recipe.name, links.update)),
             group.create_task(links.keep()),
