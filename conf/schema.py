@@ -138,6 +138,13 @@ class FailoverConf:
 
 
 @dataclass
+class SecurityConf:
+    open_metrics: bool = False
+    """Show the metrics pages to whoever can reach them; otherwise they ask for a key, as Prometheus sends it with
+    `authorization: {credentials_file: <run directory>/api_key}`."""
+
+
+@dataclass
 class ClusterConf:
     name: str = MISSING
     """Name of the profile."""
@@ -187,6 +194,7 @@ class Config:
     control: ControlConf = field(default_factory=ControlConf)
     frontend: FrontendConf = field(default_factory=FrontendConf)
     failover: FailoverConf = field(default_factory=FailoverConf)
+    security: SecurityConf = field(default_factory=SecurityConf)
     cluster: ClusterConf = field(default_factory=ClusterConf)
     slurm: SlurmConf = field(default_factory=SlurmConf)
     launcher: str | None = None

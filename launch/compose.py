@@ -36,6 +36,7 @@ from launch.recipe import (
     Recipe,
     Role,
     RouterMode,
+    Security,
     Wait,
 )
 from workers.engine.checks import check_engines
@@ -127,6 +128,7 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
             )
         ),
         failover=Failover(**_fields(written.failover)),
+        security=Security(**_fields(written.security)),
         cluster=Cluster(
             **_fields(
                 written.cluster,

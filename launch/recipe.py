@@ -222,6 +222,13 @@ class Failover:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Security:
+    """What strangers on the fabric are shown."""
+
+    open_metrics: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
     """What a machine is like; one file in `conf/cluster/` each."""
 
@@ -281,6 +288,7 @@ class Recipe:
     cluster: Cluster
     slurm: Batch
     failover: Failover = Failover()
+    security: Security = Security()
 
     def __post_init__(self) -> None:
         kinds = {role.kind for role in self.roles}

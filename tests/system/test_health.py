@@ -66,7 +66,7 @@ def split(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def page(running: Deployment, member: str, path: str) -> httpx.Response:
     """A member's own page."""
     address = next(item["targets"][0] for item in targets(running.run) if item["labels"]["member"] == member)
-    return httpx.get(f"http://{address}{path}", timeout=10)
+    return httpx.get(f"http://{address}{path}", headers=running.http.headers, timeout=10)
 
 
 def well(running: Deployment, member: str) -> bool:

@@ -44,6 +44,7 @@ from workers.runtime import wire
 from workers.runtime.curve import ServerKeys
 from workers.runtime.etcd import Etcd
 from workers.runtime.events import LoadEvent, publish_load
+from workers.runtime.keys import KeyRing
 from workers.runtime.logs import set_up_logging
 from workers.runtime.registry import Card, registered
 
@@ -78,7 +79,7 @@ def main() -> int:
                 around.enter_context(ray_cluster.head(ray, at, recipe.engine.ready_timeout_s))
             engine = build(recipe, role, arguments)
             around.callback(engine.shutdown, timeout_s=ENGINE_STOP_S)
-            death = uvloop.run(serve(recipe, member, known[member.rank], control, engine))
+            death = uvloop.run(serve(recipe, member, known[member.rank], control, KeyRing(run), engine))
             if death is None:
                 return 0
             log.error("%s: %s", name, death)
@@ -124,7 +125,9 @@ def build(recipe: Recipe, role: Role, arguments: dict[str, Any]) -> Engine:
     return vllm_engine.start(patient | arguments, serving_options(recipe, role))
 
 
-async def serve(recipe: Recipe, member: Member, place: Place, control: Control, engine: Engine) -> str | None:
+async def serve(
+    recipe: Recipe, member: Member, place: Place, control: Control, keys: KeyRing, engine: Engine
+) -> str | None:
     """Serve until SIGTERM, which returns None, or the engine's death, which returns why."""
     stop = Stop()
     card = card_of(recipe, member, place, engine)
@@ -139,7 +142,11 @@ async def serve(recipe: Recipe, member: Member, place: Place, control: Control, 
     standing, pulse, canaries = Standing(on_standing), Pulse(), Canaries()
     ours = WorkerFamilies(engine.stats, server.outcomes, canaries, lambda: standing.serving)
     families = Labelled(labels_of(recipe, member), (registry, ours), process_families())
-    page = MetricsPage(families, lambda: standing.reason, lambda: pulse.alive)
+
+    def admits(key: str) -> bool:
+        return recipe.security.open_metrics or keys.find(key) is not None
+
+    page = MetricsPage(families, lambda: standing.reason, lambda: pulse.alive, admits)
     page.start(place.address, int(place.port(member.ports.metrics)))
 
     def load() -> LoadEvent:
@@ -153,11 +160,12 @@ async def serve(recipe: Recipe, member: Member, place: Place, control: Control, 
 
     gate = OperatorGate(standing, server)
     watch = Watch(engine, standing, canaries, on_sick)
-    etcd = Etcd(control.etcd_url, control.etcd_user, control.etcd_password)
+    etcd = Etcd(control)
     async with etcd, asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(server.beat(), name="beat"),
             group.create_task(pulse.beat(), name="pulse"),
+            group.create_task(keys.follow(), name="keys"),
             group.create_task(publish_load(control, recipe.name, load), name="load"),
             group.create_task(
                 watch.run(

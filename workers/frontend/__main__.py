@@ -31,6 +31,7 @@ from workers.runtime.commands import Commander
 from workers.runtime.curve import ClientKeys
 from workers.runtime.etcd import Etcd
 from workers.runtime.events import LoadEvent, follow_load
+from workers.runtime.keys import KeyRing
 from workers.runtime.logs import set_up_logging
 from workers.runtime.registry import follow
 
@@ -49,8 +50,7 @@ def main() -> int:
         raise SystemExit(f"{run.path} has no running deployment: its job.json or control.json is missing")
     place = places(run.ranks(job.attempt))[0]
     index = plan(recipe).frontends.index(name)
-    keys = (run.api_key(), run.admin_key())
-    uvloop.run(serve(recipe, control, place, port_of(recipe, place, index), keys, name))
+    uvloop.run(serve(recipe, control, place, port_of(recipe, place, index), KeyRing(run), name))
     return 0
 
 
@@ -61,9 +61,8 @@ def port_of(recipe: Recipe, place: Place, index: int) -> int:
     return int(place.port(FRONTEND_PORT + index))
 
 
-async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys: tuple[str, str], name: str) -> None:
-    """Serve until SIGTERM; `keys` are the API's and the operators'."""
-    api_key, admin_key = keys
+async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys: KeyRing, name: str) -> None:
+    """Serve until SIGTERM."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -90,25 +89,25 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys:
     )
     serving = serving_options(recipe, recipe.roles[-1])
     text = Text(Path(recipe.model.path), serving.chat_template, serving.default_chat_template_kwargs)
-    app = App(served, text, pool, metrics, api_key)
+    app = App(served, text, pool, metrics, keys, recipe.security.open_metrics)
     commander = Commander(control, recipe.name, name)
     app.admin = Admin(
         plan(recipe),
         commander,
         lambda member: links.by_member(member) is not None,
-        admin_key,
-        api_key,
+        keys,
         recipe.engine.drain_s,
     )
     server = Server(app, error_body, recipe.frontend.max_body_bytes)
     report("loading")
-    etcd = Etcd(control.etcd_url, control.etcd_user, control.etcd_password)
+    etcd = Etcd(control)
     async with etcd, asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(follow(etcd, recipe.name, links.update), name="discovery"),
             group.create_task(follow_load(control, recipe.name, name, lambda event: note(links, event)), name="load"),
             group.create_task(links.keep(), name="links"),
             group.create_task(commander.keep(), name="commands"),
+            group.create_task(keys.follow(), name="keys"),
         ]
         # One that comes back while others serve must not answer, for want of a view, that there is nobody.
         await links.settle(SETTLE_S)

@@ -11,7 +11,6 @@ The answer lists what each member said. Its status is 200 when all did it, and o
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -24,8 +23,10 @@ from launch.plan import Member, Plan
 from launch.recipe import Kind
 from workers.frontend.errors import ApiError, error_body
 from workers.frontend.http import Connection, Request
+from workers.frontend.keys import authorize
 from workers.runtime import commands
 from workers.runtime.commands import Command, Operation, OperationError, Reply
+from workers.runtime.keys import KeyRing, Scope
 
 log = logging.getLogger(__name__)
 
@@ -63,15 +64,13 @@ class Admin:
         plan: Plan,
         asks: Asks,
         registered: Callable[[str], bool],
-        admin_key: str,
-        api_key: str,
+        keys: KeyRing,
         drain_s: float,
     ) -> None:
         self._members = {member.name: member for member in plan.members if member.leader}
         self._asks = asks
         self._registered = registered
-        self._admin = f"Bearer {admin_key}".encode()
-        self._api = f"Bearer {api_key}".encode()
+        self._keys = keys
         self._drain_s = drain_s
 
     def owns(self, path: str) -> bool:
@@ -84,7 +83,7 @@ class Admin:
         Raises:
             ApiError: It is not allowed, or not understood; nothing was done.
         """
-        self._authorize(request)
+        authorize(self._keys, request, Scope.ADMIN)
         listing = request.path == MEMBERS
         if request.method != ("GET" if listing else "POST"):
             raise ApiError(405, f"{request.path} takes {'GET' if listing else 'POST'}, not {request.method}")
@@ -105,14 +104,6 @@ class Admin:
         if operation is Operation.LOAD_LORA and not partial:
             report["rolled_back"] = await self._roll_back(given, replies)
         self._respond(connection, report, replies)
-
-    def _authorize(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
-        if hmac.compare_digest(given, self._admin):
-            return
-        if hmac.compare_digest(given, self._api):
-            raise ApiError(403, "this route needs the admin key (the file admin_key beside api_key), not the API key")
-        raise ApiError(401, "the admin key is missing or wrong: send it as `Authorization: Bearer <key>`")
 
     def _understand(self, request: Request) -> tuple[Operation, dict[str, Any]]:
         """The operation and its arguments, from the query and the body; of a field in both the body's value counts."""

@@ -7,7 +7,6 @@ envelope of a unary answer, the usage of all choices together, `[DONE]`, and err
 from __future__ import annotations
 
 import asyncio
-import hmac
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -22,9 +21,11 @@ from workers.frontend.admin import Admin
 from workers.frontend.errors import ApiError
 from workers.frontend.exchange import Answered, Pool, Question, answer, call
 from workers.frontend.http import Connection, Request
+from workers.frontend.keys import authorize, authorize_any
 from workers.frontend.metrics import Metrics
 from workers.frontend.openai import ChatRequest, Common, CompletionRequest, options, parse
 from workers.frontend.text import Text
+from workers.runtime.keys import KeyRing, Scope
 from workers.runtime.wire import Render, Shape, pack
 
 DONE = b"data: [DONE]\n\n"
@@ -39,7 +40,8 @@ POOLING_ROUTES = {
     **dict.fromkeys(("/score", "/v1/score"), "score"),
     **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), "rerank"),
 }
-OPEN_ROUTES = ("/health", "/live", "/metrics")
+OPEN_ROUTES = ("/health", "/live")
+METRICS_ROUTE = "/metrics"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +59,15 @@ class Served:
 class App:
     """The handler of all requests."""
 
-    def __init__(self, served: Served, text: Text, pool: Pool, metrics: Metrics, api_key: str) -> None:
+    def __init__(
+        self, served: Served, text: Text, pool: Pool, metrics: Metrics, keys: KeyRing, open_metrics: bool = False
+    ) -> None:
         self._served = served
         self._text = text
         self._pool = pool
         self._metrics = metrics
-        self._authorization = f"Bearer {api_key}".encode()
+        self._keys = keys
+        self._open_metrics = open_metrics
         self.draining = False
         self.admin: Admin | None = None
         self._routes: dict[tuple[str, str], Callable[[Request, Connection], Awaitable[None]]] = {
@@ -73,7 +78,7 @@ class App:
             ("GET", "/live"): self._live,
             ("HEAD", "/live"): self._live,
             ("HEAD", "/health"): self._health,
-            ("GET", "/metrics"): self._metrics_page,
+            ("GET", METRICS_ROUTE): self._metrics_page,
             **{("POST", path): self._pooling for path in POOLING_ROUTES},
         }
         self._methods = {path: method for method, path in reversed(self._routes)}
@@ -105,14 +110,12 @@ class App:
             if request.path in self._methods:
                 raise ApiError(405, f"{request.path} takes {self._methods[request.path]}, not {request.method}")
             raise ApiError(404, f"there is no route {request.path}")
-        if request.path not in OPEN_ROUTES:
-            self._authenticate(request)
+        if request.path == METRICS_ROUTE:
+            if not self._open_metrics:
+                authorize_any(self._keys, request)
+        elif request.path not in OPEN_ROUTES:
+            authorize(self._keys, request, Scope.USER)
         return handler
-
-    def _authenticate(self, request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), self._authorization):
-            raise ApiError(401, "the API key is missing or wrong: send it as `Authorization: Bearer <key>`")
 
     # --- generation -----------------------------------------------------------------------------------------------
 

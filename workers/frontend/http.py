@@ -38,6 +38,8 @@ class Request:
     keep_alive: bool
     query: str = ""
     """What follows the question mark, as it was sent."""
+    key_id: str = ""
+    """Whose key it came with, once that was checked (`workers.frontend.keys`)."""
 
 
 Handler = Callable[[Request, "Connection"], Awaitable[None]]
