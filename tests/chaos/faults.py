@@ -85,14 +85,19 @@ class Faults:
         order: list[str] = []
         while not stop.is_set():
             order = order or self._rng.sample(list(faults), len(faults))
-            name = order.pop()
-            victim = await faults[name]()
-            workers = faults is self.on_workers
-            whole_s = await self._whole(f"{name} ({victim})", workers)
-            self.ledger.done.append(Done(name, victim, whole_s))
+            await self.do(order.pop())
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._rng.random() * pause_s):
                     await stop.wait()
+
+    async def do(self, name: str) -> Done:
+        """Do one fault by its name, and wait until what it could break is whole."""
+        fault = self.on_workers.get(name) or self.on_others[name]
+        victim = await fault()
+        whole_s = await self._whole(f"{name} ({victim})", name in self.on_workers)
+        done = Done(name, victim, whole_s)
+        self.ledger.done.append(done)
+        return done
 
     # --- what is done -----------------------------------------------------------------------------------------------
 
@@ -173,7 +178,7 @@ class Faults:
     async def _whole(self, after: str, workers: bool) -> float:
         """Seconds until what the fault could break is whole."""
         begun = time.monotonic()
-        while not (await self._well() if workers else await self._known()):
+        while not (await self._well() if workers else await self.known()):
             if time.monotonic() - begun > WHOLE_S:
                 self.ledger.problems.append(f"the deployment was not whole {WHOLE_S:.0f} s after: {after}")
                 break
@@ -184,7 +189,7 @@ class Faults:
         """Whether every frontend says that nobody is missing."""
         return await self._all_answer({"ready"})
 
-    async def _known(self) -> bool:
+    async def known(self) -> bool:
         """Whether etcd lists every worker that is ready, and every frontend answers."""
         return await self._all_listed() and await self._all_answer({"ready", "degraded"})
 

@@ -81,6 +81,8 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys:
         on_resumed=metrics.resumed.inc,
         attempts=recipe.failover.max_attempts,
     )
+    for role in recipe.roles:
+        metrics.usable_workers.labels(role.kind).set_function(lambda kind=role.kind: len(pool.usable(kind)))
     served = Served(
         name=recipe.model.name,
         max_model_len=lambda: context_of(links),
