@@ -110,6 +110,7 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys:
             group.create_task(links.keep(), name="links"),
             group.create_task(commander.keep(), name="commands"),
             group.create_task(keys.follow(), name="keys"),
+            group.create_task(server.sweep(), name="sweep"),
         ]
         # One that comes back while others serve must not answer, for want of a view, that there is nobody.
         await links.settle(SETTLE_S)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_PIPELINED = 16
+SWEEP_S = 5.0
 CHUNKED_END = b"0\r\n\r\n"
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 
@@ -54,8 +56,22 @@ class Server:
     handler: Handler
     error_body: ErrorBody
     max_body_bytes: int
+    request_timeout_s: float = 120.0
+    """A request has to be there within, head and body; else it is answered with 408."""
+    idle_timeout_s: float = 600.0
+    """A connection between two requests is kept for."""
     connections: set[Connection] = field(default_factory=set)
     one_closed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def sweep(self) -> None:
+        """Close, for ever, connections that owe the rest of a request for too long, and those that nobody uses.
+
+        Whoever opens connections and says little would else hold a descriptor, and what he has sent, without end.
+        """
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            for connection in list(self.connections):
+                connection.hurry(self.request_timeout_s, self.idle_timeout_s)
 
     async def wait_closed(self, timeout_s: float) -> None:
         """Give slow readers that long to take the last bytes of connections that are closing."""
@@ -82,6 +98,8 @@ class Connection(asyncio.Protocol):
         self.status = 0
         """Status of the current answer; 0 before it has begun."""
         self._paused_reading = False
+        self._waits_since = time.monotonic()
+        self._receiving = False
         self._reset()
 
     # --- asyncio's side -----------------------------------------------------------------------------------------
@@ -118,6 +136,8 @@ class Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         """httptools callback."""
         self._reset()
+        self._receiving = True
+        self._waits_since = time.monotonic()
 
     def on_url(self, url: bytes) -> None:
         """httptools callback; long URLs come in parts."""
@@ -127,7 +147,7 @@ class Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         """httptools callback."""
         self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
-        self._count_head(len(name) + len(value))
+        self._count_head(len(name) + len(value) + 4)  # with the colon, the space and the line end
 
     def on_headers_complete(self) -> None:
         """httptools callback."""
@@ -147,6 +167,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """httptools callback."""
+        self._receiving = False
         if self._refused:
             return
         path, _, query = self._url.decode("latin-1").partition("?")
@@ -206,6 +227,16 @@ class Connection(asyncio.Protocol):
         if self._transport:
             self._transport.close()
 
+    def hurry(self, request_timeout_s: float, idle_timeout_s: float) -> None:
+        """Close a connection on which no request is answered if it has been waiting for the client for too long."""
+        if self._task is not None or self._refused:
+            return
+        waited_s = time.monotonic() - self._waits_since
+        if self._receiving and waited_s > request_timeout_s:
+            self._refuse(408, f"the request was not complete within {request_timeout_s:.0f} s")
+        elif not self._receiving and waited_s > idle_timeout_s:
+            self.close()
+
     @property
     def task(self) -> asyncio.Task[None] | None:
         """The task that answers the current request, if there is one."""
@@ -244,6 +275,7 @@ class Connection(asyncio.Protocol):
                 self.respond(500, self._server.error_body(500, "internal error"))
         finally:
             self._task = None
+            self._waits_since = time.monotonic()
         if self._refused:
             request.keep_alive = False
         if not request.keep_alive:
