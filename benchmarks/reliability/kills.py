@@ -1,7 +1,8 @@
 """`python -m benchmarks.reliability.kills`: how long a killed idle worker is still asked, and a killed frontend away.
 
 Kills echo workers one after the other, so that each has time to come back, and watches the frontend's own count of workers
-that it would ask; then kills a frontend and waits for its first answer. Prints percentiles in seconds.
+that it would ask; then kills frontends, each once (one that dies again soon is started again later and later), and waits
+until they accept clients. Prints percentiles in seconds.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def main() -> int:
     """Measure, and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reliability.kills", description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="of idle workers")
-    parser.add_argument("--frontend-kills", type=int, default=5)
+    parser.add_argument("--frontend-kills", type=int, default=5, help="at most 7")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kills-") as scratch:
         folder = Path(scratch)
@@ -37,14 +38,18 @@ def main() -> int:
                 "+recipe=tiny_agg",
                 "engine.backend=echo",
                 f"roles.aggregated.replicas={WORKERS}",
-                "frontend.processes=2",
+                f"frontend.processes={1 + given.frontend_kills}",
             ),
             *(f"cluster.cpu_engines_per_node={WORKERS}", f"model.path=tiny:{make_tiny_model(folder / 'model')}"),
         )
         with deployed(folder, *shape, name="kills") as running:
             out = [idle_kill(running, f"aggregated-{number % WORKERS}") for number in range(given.kills)]
-            show("killed idle worker, out of the routing after", out)
-            show("killed frontend, answers again after", [frontend_kill(running) for _ in range(given.frontend_kills)])
+            if out:
+                show("killed idle worker, out of the routing after", out)
+            show(
+                "killed frontend, answers again after",
+                [frontend_kill(running, 1 + number) for number in range(given.frontend_kills)],
+            )
     return 0
 
 
@@ -59,17 +64,17 @@ def idle_kill(running: Deployment, victim: str) -> float:
     return time.monotonic() - killed
 
 
-def frontend_kill(running: Deployment) -> float:
+def frontend_kill(running: Deployment, index: int) -> float:
     """Seconds that a killed frontend accepts nobody."""
-    host, _, port = running.endpoint.urls[1].removeprefix("http://").removesuffix("/v1").partition(":")
+    host, _, port = running.endpoint.urls[index].removeprefix("http://").removesuffix("/v1").partition(":")
     wait(lambda: accepts(host, int(port)))
-    pid = running.pids()["frontend-1"]
+    pid = running.pids()[f"frontend-{index}"]
     killed = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     wait(lambda: not accepts(host, int(port)))
     wait(lambda: accepts(host, int(port)))
     back_s = time.monotonic() - killed
-    wait(lambda: running.pids()["frontend-1"] not in (0, pid))
+    wait(lambda: running.pids()[f"frontend-{index}"] not in (0, pid))
     return back_s
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import signal
 import sys
@@ -81,8 +82,12 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys:
         on_resumed=metrics.resumed.inc,
         attempts=recipe.failover.max_attempts,
     )
+
+    def count(kind: Kind) -> int:
+        return len(pool.usable(kind))
+
     for role in recipe.roles:
-        metrics.usable_workers.labels(role.kind).set_function(lambda kind=role.kind: len(pool.usable(kind)))
+        metrics.usable_workers.labels(role.kind).set_function(functools.partial(count, role.kind))
     served = Served(
         name=recipe.model.name,
         max_model_len=lambda: context_of(links),
