@@ -202,6 +202,19 @@ class FrontendConf:
 
 
 @dataclass
+class FailoverConf:
+    max_attempts: int = 3
+    """Workers that one request may cost: when that many were lost under it, it ends with an error."""
+
+
+@dataclass
+class SecurityConf:
+    open_metrics: bool = False
+    """Show the metrics pages to whoever can reach them; otherwise they ask for a key, as Prometheus sends it with
+    `authorization: {credentials_file: <run directory>/api_key}`."""
+
+
+@dataclass
 class ClusterConf:
     name: str = MISSING
     """Name of the profile."""
@@ -250,6 +263,8 @@ class Config:
     engine: EngineConf = field(default_factory=EngineConf)
     control: ControlConf = field(default_factory=ControlConf)
     frontend: FrontendConf = field(default_factory=FrontendConf)
+    failover: FailoverConf = field(default_factory=FailoverConf)
+    security: SecurityConf = field(default_factory=SecurityConf)
     cluster: ClusterConf = field(default_factory=ClusterConf)
     slurm: SlurmConf = field(default_factory=SlurmConf)
     launcher: str | None = None

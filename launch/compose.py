@@ -26,6 +26,7 @@ from launch.recipe import (
     Control,
     Engine,
     Executor,
+    Failover,
     Frontend,
     Kind,
     Launcher,
@@ -35,6 +36,7 @@ from launch.recipe import (
     Recipe,
     Role,
     RouterMode,
+    Security,
     Tiny,
     Tokenize,
     Wait,
@@ -131,6 +133,8 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
                 local_prefill=word(LocalPrefillMode, "frontend.local_prefill", written.frontend.local_prefill),
             )
         ),
+        failover=Failover(**_fields(written.failover)),
+        security=Security(**_fields(written.security)),
         cluster=Cluster(
             **_fields(
                 written.cluster,

@@ -17,7 +17,6 @@ from launch.recipe import Cluster, Executor, Kind, Recipe, Role
 PORT_BLOCK = 256
 NATS_PORT = 1
 ETCD_PORT = 2
-ETCD_PEER_PORT = 3
 SHARED_PORT = 4
 FRONTEND_PORT = 8
 FRONTEND_PORTS = 8

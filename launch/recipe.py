@@ -300,6 +300,24 @@ class Frontend:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Failover:
+    """What becomes of a request whose worker is lost."""
+
+    max_attempts: int = 3
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_attempts <= 100:
+            raise ConfigError(f"failover.max_attempts is 1 (never try again) to 100, got {self.max_attempts}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Security:
+    """What strangers on the fabric are shown."""
+
+    open_metrics: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
     """What a machine is like; one file in `conf/cluster/` each."""
 
@@ -358,6 +376,8 @@ class Recipe:
     frontend: Frontend
     cluster: Cluster
     slurm: Batch
+    failover: Failover = Failover()
+    security: Security = Security()
 
     def __post_init__(self) -> None:
         kinds = {role.kind for role in self.roles}

@@ -3,9 +3,11 @@
     plan.yaml, recipe.yaml      what was decided; recipe.yaml (0600) is what the ranks read
     job.json                    how it was submitted: launcher, id, attempt
     control.json      (0600)    where rank 0's NATS and etcd are, and every secret of the deployment
+    control/                    their configuration and data; client.pem is what etcd knows us by
     endpoint.json     (0600)    where to send requests, and the state of the deployment
     api_key           (0600)    the key that clients send
     admin_key         (0600)    the key of operations on workers (`launch.ctl`)
+    keys.json         (0600)    hashes of further keys (`launch.keys`)
     ranks/<i>.json              what rank i last said of itself and its members
     stop                        somebody asked for the end
     logs/attempt_<n>/           logs; `logs/latest` points to the newest
@@ -110,8 +112,9 @@ class RankRecord(msgspec.Struct, kw_only=True):
 class Control(msgspec.Struct, kw_only=True):
     """Addresses and secrets of the control plane.
 
-    The CURVE key pair (Z85 text) is that of every worker's request socket. A frontend that knows the public half may
-    connect, so that half is a secret too.
+    The CURVE key pairs (Z85 text) are those of every worker's request socket, and of every frontend that connects to one:
+    each side proves that it has its own (`workers.runtime.curve`). etcd is asked over TLS: `etcd_authority` (PEM) is who
+    signed its certificate, and `etcd_client_file` holds ours and its key.
     """
 
     attempt: int
@@ -123,6 +126,10 @@ class Control(msgspec.Struct, kw_only=True):
     etcd_password: str
     worker_public: str
     worker_secret: str
+    frontend_public: str = ""
+    frontend_secret: str = ""
+    etcd_authority: str = ""
+    etcd_client_file: str = ""
 
 
 class Endpoint(msgspec.Struct, kw_only=True):
@@ -159,6 +166,11 @@ class RunDirectory:
     def admin_key_file(self) -> Path:
         """The key of operations on workers."""
         return self.path / "admin_key"
+
+    @property
+    def keys_file(self) -> Path:
+        """Hashes of further keys; there is none until the first is given out."""
+        return self.path / "keys.json"
 
     @property
     def stop_file(self) -> Path:

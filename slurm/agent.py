@@ -19,11 +19,12 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 
 import zmq
 
 from launch.errors import DeploymentError, LaunchError
-from launch.plan import ETCD_PEER_PORT, ETCD_PORT, NATS_PORT, Member, Plan, plan
+from launch.plan import ETCD_PORT, NATS_PORT, Member, Plan, plan
 from launch.recipe import Launcher, Recipe
 from launch.records import Control, Job, MemberRecord, RankRecord, RunDirectory, State
 from slurm import children, commands, hosts, ports
@@ -32,6 +33,7 @@ from slurm.places import Place
 from slurm.supervise import Command, Supervised
 from slurm.together import Together
 from workers.control import servers
+from workers.control.certificates import Certificates, issue
 
 log = logging.getLogger(__name__)
 
@@ -207,13 +209,14 @@ class Agent:
     @contextlib.asynccontextmanager
     async def _control_plane(self, group: asyncio.TaskGroup) -> AsyncIterator[None]:
         """NATS and etcd, serving and published within the block; they end after the other ranks."""
-        control = self._new_control()
+        certificates = issue(self._record.address)
         folder = self._run.path / "control"
+        control = self._new_control(certificates, servers.client_file(certificates, folder))
         nats = servers.nats(control, servers.find_nats(self._recipe.control.nats_server), folder / "nats")
         etcd = servers.etcd(
             control,
+            certificates,
             servers.find_etcd(self._recipe.control.etcd),
-            self._record.port_base + ETCD_PEER_PORT,
             folder / f"etcd-{self._job.attempt}",
         )
         running = [self._server(server) for server in (nats, etcd)]
@@ -242,6 +245,7 @@ class Agent:
                 ready_timeout_s=SERVER_READY_S,
                 stop_grace_s=5,
                 ready=server.ready,
+                folder=server.folder,
             )
         )
 
@@ -287,19 +291,23 @@ class Agent:
         self._supervised.append(item)
         return item
 
-    def _new_control(self) -> Control:
+    def _new_control(self, certificates: Certificates, client_file: Path) -> Control:
         address, base = self._record.address, self._record.port_base
-        public, secret = zmq.curve_keypair()
+        worker, frontend = ([key.decode() for key in zmq.curve_keypair()] for _ in range(2))
         return Control(
             attempt=self._job.attempt,
             nats_url=f"nats://{address}:{base + NATS_PORT}",
             nats_user="baton",
             nats_password=secrets.token_urlsafe(24),
-            etcd_url=f"http://{address}:{base + ETCD_PORT}",
+            etcd_url=f"https://{address}:{base + ETCD_PORT}",
             etcd_user="root",
             etcd_password=secrets.token_urlsafe(24),
-            worker_public=public.decode(),
-            worker_secret=secret.decode(),
+            worker_public=worker[0],
+            worker_secret=worker[1],
+            frontend_public=frontend[0],
+            frontend_secret=frontend[1],
+            etcd_authority=certificates.authority,
+            etcd_client_file=str(client_file),
         )
 
     # --- what the other ranks say ---------------------------------------------------------------------------------

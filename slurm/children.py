@@ -116,6 +116,7 @@ async def start(
     env: Mapping[str, str],
     log_path: Path,
     on_report: Callable[[Report], None] | None = None,
+    folder: Path | None = None,
 ) -> Child:
     """Start a child.
 
@@ -125,6 +126,7 @@ async def start(
         env: The whole environment of the child; TMPDIR is replaced by a scratch folder that ends with the child.
         log_path: Its output is appended here.
         on_report: Called in the loop with every report.
+        folder: Where it runs; None for where we do.
     """
     scratch = Path(tempfile.mkdtemp(prefix="baton-"))
     read_end, write_end = os.pipe()
@@ -136,6 +138,7 @@ async def start(
             stdout=output,
             stderr=asyncio.subprocess.STDOUT,
             pass_fds=(write_end,),
+            cwd=folder,
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )

@@ -54,13 +54,28 @@ def claim(job: str, rank: int) -> PortBlock:
     start = int.from_bytes(hashlib.sha256(f"{job}/{rank}".encode()).digest()[:4], "big") % BLOCKS
     for step in range(BLOCKS):
         base = FIRST + (start + step) % BLOCKS * PORT_BLOCK
-        guard = bind(base)
+        guard = hold(base)
         if guard is None:
             continue
         if all(is_free(port) for port in range(base + 1, base + PORT_BLOCK)):
             return PortBlock(base, guard)
         guard.close()
     raise LaunchError(f"no {PORT_BLOCK} consecutive free ports between {FIRST} and {LAST} on {socket.gethostname()}")
+
+
+def hold(port: int) -> socket.socket | None:
+    """A socket that keeps the port from others without listening, so that nobody can connect to it; None when it is taken.
+
+    Without SO_REUSEADDR no second socket binds the port, whatever options it has. The other reason for that option, old
+    connections in TIME_WAIT, does not arise where nobody connects.
+    """
+    candidate = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        candidate.bind(("0.0.0.0", port))
+    except OSError:
+        candidate.close()
+        return None
+    return candidate
 
 
 def is_free(port: int) -> bool:
@@ -75,8 +90,8 @@ def is_free(port: int) -> bool:
 def bind(port: int) -> socket.socket | None:
     """A socket bound to the port on every address and to nobody else's use, or None when the port is taken.
 
-    SO_REUSEADDR lets a port be bound whose old connections are in TIME_WAIT; a second *listening or bound* socket is
-    still refused as soon as one of the two listens, so the guard listens.
+    SO_REUSEADDR lets a port be bound whose old connections are in TIME_WAIT; a second socket is still refused as soon as one
+    of the two listens, so that this one does, for the moment that it lives.
     """
     candidate = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

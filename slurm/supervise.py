@@ -27,7 +27,10 @@ class BrokenError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """What to run, and how to know that it serves: by `ready`, or else by the child's own report."""
+    """What to run, and how to know that it serves: by `ready`, or else by the child's own report.
+
+    `folder` is where it runs; None for where the agent does.
+    """
 
     name: str
     argv: Sequence[str]
@@ -36,6 +39,7 @@ class Command:
     ready_timeout_s: float
     stop_grace_s: float
     ready: Callable[[], Awaitable[None]] | None = None
+    folder: Path | None = None
 
 
 class Supervised:
@@ -124,7 +128,9 @@ class Supervised:
         self._ready.clear()
         self._broken = None
         env = {**command.env, **(self._together.environment if self._together else {})}
-        self._child = child = await start(command.name, command.argv, env, command.log_path, self._reported)
+        self._child = child = await start(
+            command.name, command.argv, env, command.log_path, self._reported, command.folder
+        )
         try:
             if self._stopping.is_set():  # the request came while there was no child to tell
                 return

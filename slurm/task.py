@@ -16,6 +16,7 @@ def run(run_dir: str) -> None:
     from slurm import agent
     from workers.runtime.logs import set_up_logging
 
+    os.umask(0o077)  # of everything that is started here: logs, sockets and files of NATS and etcd
     directory = RunDirectory(Path(run_dir))
     recipe = directory.recipe()
     where = plan(recipe)

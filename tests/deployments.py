@@ -52,7 +52,7 @@ class Deployment:
         """Sum of a metric over its other labels, on a member's page."""
         pages = {item["labels"]["member"]: item["targets"][0] for item in targets(self.run)}
         total = 0.0
-        for line in httpx.get(f"http://{pages[member]}/metrics").text.splitlines():
+        for line in self.http.get(f"http://{pages[member]}/metrics").text.splitlines():
             if line.startswith((f"{name} ", f"{name}{{")) and all(f'{key}="{labels[key]}"' in line for key in labels):
                 total += float(line.rpartition(" ")[2])
         return total

@@ -42,7 +42,7 @@ class Deployment:
         """The metrics page of a member."""
         for target in targets(self.run_dir):
             if target["labels"]["member"] == member:
-                return fetch(f"http://{target['targets'][0]}/metrics")
+                return fetch(f"http://{target['targets'][0]}/metrics", self.key)
         raise StepError(f"{self.run_dir}/metrics/targets.json names no member {member!r}")
 
     def post(self, body: dict[str, Any], timeout_s: float = 120) -> dict[str, Any]:
@@ -173,12 +173,14 @@ def targets(run_dir: Path) -> list[dict[str, Any]]:
 
 def pages(run_dir: Path) -> list[str]:
     """The metrics pages of all members."""
-    return [fetch(f"http://{item['targets'][0]}/metrics") for item in targets(run_dir)]
+    key = (run_dir / "api_key").read_text().strip()
+    return [fetch(f"http://{item['targets'][0]}/metrics", key) for item in targets(run_dir)]
 
 
-def fetch(url: str) -> str:
-    """The text behind a URL."""
-    with urllib.request.urlopen(url, timeout=30) as response:
+def fetch(url: str, key: str) -> str:
+    """The text behind a URL that asks for a key."""
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"})
+    with urllib.request.urlopen(request, timeout=30) as response:
         return str(response.read().decode())
 
 

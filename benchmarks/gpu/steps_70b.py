@@ -137,7 +137,7 @@ def _check_memory(bench: Bench) -> None:
 
 def _counters(running: Deployment, shape: str) -> dict[str, float]:
     """Legs by kind, as the frontend counts them, and what NIXL moved."""
-    page = fetch(running.url.removesuffix("/v1") + "/metrics")
+    page = fetch(running.url.removesuffix("/v1") + "/metrics", running.key)
     found = {
         f"legs_{match[1]}": float(match[2])
         for match in re.finditer(r'^baton_frontend_legs_total\{[^}]*kind="(\w+)"[^}]*\} (\S+)$', page, re.MULTILINE)

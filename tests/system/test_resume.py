@@ -19,6 +19,7 @@ from workers.frontend.openai import options
 from workers.frontend.router import mode
 from workers.frontend.text import Text
 from workers.runtime import wire
+from workers.runtime.curve import ClientKeys
 from workers.runtime.etcd import Etcd
 from workers.runtime.registry import follow
 
@@ -57,10 +58,10 @@ async def pool(deployment: Deployment) -> AsyncIterator[Pool]:
     control = deployment.run.control()
     assert control
     recipe = deployment.run.recipe()
-    links = Links(control.worker_public, 5.0, lambda: None)
+    links = Links(ClientKeys.of_frontends(control), 5.0, lambda: None)
     modes = {kind: mode(recipe.router) for kind in Kind}
     found = Pool(links, modes, recipe.disaggregated, lambda kind: None)
-    async with Etcd(control.etcd_url, control.etcd_user, control.etcd_password) as etcd, asyncio.TaskGroup() as group:
+    async with Etcd(control) as etcd, asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(follow(etcd, recipe.name, links.update)),
             group.create_task(links.keep()),

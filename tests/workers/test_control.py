@@ -13,11 +13,12 @@ import nats
 import pytest
 from nats.aio.client import Client
 
-from launch.plan import ETCD_PEER_PORT, ETCD_PORT, NATS_PORT
+from launch.plan import ETCD_PORT, NATS_PORT
 from launch.recipe import Kind
 from launch.records import Control
 from slurm import children, ports
 from workers.control import servers
+from workers.control.certificates import issue
 from workers.runtime.etcd import Change, Etcd, EtcdError, LeaseLostError
 from workers.runtime.registry import Card, follow, key, registered
 
@@ -32,10 +33,11 @@ CARD = Card(
     block_size=1,
     version="v",
 )
+CERTIFICATES = issue("127.0.0.1")
 
 
 @pytest.fixture
-def control() -> Control:
+def control(tmp_path: Path) -> Control:
     """Addresses in a free block, and credentials."""
     with ports.claim("test-control", os.getpid()) as block:
         base = block.base
@@ -44,18 +46,21 @@ def control() -> Control:
         nats_url=f"nats://127.0.0.1:{base + NATS_PORT}",
         nats_user="baton",
         nats_password="secret",
-        etcd_url=f"http://127.0.0.1:{base + ETCD_PORT}",
+        etcd_url=f"https://127.0.0.1:{base + ETCD_PORT}",
         etcd_user="root",
         etcd_password="secret",
         worker_public="",
         worker_secret="",
+        etcd_authority=CERTIFICATES.authority,
+        etcd_client_file=str(servers.client_file(CERTIFICATES, tmp_path)),
     )
 
 
 @contextlib.asynccontextmanager
 async def running(server: servers.Server, folder: Path) -> AsyncIterator[children.Child]:
     """A server that says it is ready."""
-    child = await children.start(server.name, server.argv, os.environ, folder / f"{server.name}.log")
+    log = folder / f"{server.name}.log"
+    child = await children.start(server.name, server.argv, os.environ, log, folder=server.folder)
     try:
         async with asyncio.timeout(20):
             await server.ready()
@@ -66,13 +71,12 @@ async def running(server: servers.Server, folder: Path) -> AsyncIterator[childre
 
 def etcd_server(control: Control, folder: Path) -> servers.Server:
     """etcd with its data in the folder."""
-    peer = servers.host_and_port(control.etcd_url)[1] - ETCD_PORT + ETCD_PEER_PORT
-    return servers.etcd(control, servers.find_etcd(None), peer, folder / "etcd")
+    return servers.etcd(control, CERTIFICATES, servers.find_etcd(None), folder / "etcd")
 
 
 def client(control: Control, password: str | None = None) -> Etcd:
     """A client with the deployment's credentials."""
-    return Etcd(control.etcd_url, control.etcd_user, password or control.etcd_password)
+    return Etcd(control, password)
 
 
 async def test_nats_serves_who_has_the_password(control: Control, tmp_path: Path) -> None:

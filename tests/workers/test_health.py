@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from workers.engine.base import LostError, RefusedError
-from workers.engine.health import PATIENCE, Canary, Pulse, Standing, cpu_seconds, fallen_cores
+from workers.engine.health import PATIENCE, Canary, Pulse, Standing, cpu_seconds, fallen_cores, stopped
 from workers.engine.metrics import Canaries, EngineStats
 
 INTERVAL_S = 0.05
@@ -31,10 +34,22 @@ class Trial:
     cpu_s: Callable[[], float] = lambda: 0.0
     suspended: bool = False
     said: list[str] = field(default_factory=list)
+    interval_s: float = INTERVAL_S
+    timeout_s: float = TIMEOUT_S
+    stall_s: float = math.inf
+    requests: int = 0
 
     async def run(self, seconds: float) -> None:
         """Watch for so long."""
-        canary = Canary(self.probe, self.stats, self.counts, INTERVAL_S, TIMEOUT_S)
+        canary = Canary(
+            self.probe,
+            self.stats,
+            self.counts,
+            self.interval_s,
+            self.timeout_s,
+            self.stall_s,
+            lambda: self.requests,
+        )
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await canary.watch(
@@ -139,6 +154,55 @@ async def test_a_step_that_computes_for_ever_is_an_alarm_too() -> None:
     await trial.run(INTERVAL_S + (PATIENCE + 1) * TIMEOUT_S)
 
     assert len(trial.said) == 1
+
+
+@pytest.mark.parametrize(("requests", "alarms"), [pytest.param(1, 1, id="requests run"), pytest.param(0, 0, id="idle")])
+async def test_an_engine_that_stalls_under_requests_is_found_within_the_stall_timeout(
+    requests: int, alarms: int
+) -> None:
+    """However patient the canaries of an idle engine are."""
+    trial = Trial(never, interval_s=60, timeout_s=60, stall_s=1.0, requests=requests)
+    await trial.run(1.6)
+
+    assert len(trial.said) == alarms
+
+
+@pytest.mark.parametrize(("share", "alarms"), [pytest.param(1.0, 0, id="compiling"), pytest.param(0.0, 1, id="hung")])
+async def test_a_long_step_under_requests_has_the_canarys_patience(share: float, alarms: int) -> None:
+    """While the engine's processes compute, the stall timeout ends nothing."""
+    trial = Trial(never, interval_s=60, timeout_s=60, stall_s=0.4, requests=3, cpu_s=lambda: share * time.monotonic())
+    await trial.run(2)
+
+    assert len(trial.said) == alarms
+
+
+async def test_a_pause_of_the_worker_is_no_stall_of_its_engine() -> None:
+    """As when a laptop is closed: both stood still, and the engine has its time anew."""
+    trial = Trial(never, interval_s=60, timeout_s=60, stall_s=1.6, requests=1)
+    run = asyncio.create_task(trial.run(10))
+    await asyncio.sleep(0.5)
+    time.sleep(2)  # noqa: ASYNC251  # to hold up the loop is the point
+    await asyncio.sleep(0.7)
+    soon_after = list(trial.said)
+    await asyncio.sleep(2)
+    run.cancel()
+
+    assert soon_after == []
+    assert len(trial.said) == 1
+
+
+def test_a_stopped_child_is_no_work() -> None:
+    """Whatever its siblings do meanwhile: they may be spinning for it."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
+        try:
+            running = stopped()
+            os.kill(child.pid, signal.SIGSTOP)
+            os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+            assert stopped()
+        finally:
+            child.kill()
+
+    assert not running
 
 
 async def test_a_lost_canary_is_a_failed_one() -> None:

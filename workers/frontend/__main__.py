@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -49,17 +50,21 @@ from workers.frontend.stored import Store
 from workers.frontend.text import Text
 from workers.frontend.trace import Tracer
 from workers.runtime.commands import Commander
+from workers.runtime.curve import ClientKeys
 from workers.runtime.etcd import Etcd
 from workers.runtime.events import LoadEvent, follow_load
+from workers.runtime.keys import KeyRing
 from workers.runtime.logs import set_up_logging
 from workers.runtime.registry import Card, follow
 
 log = logging.getLogger("workers.frontend")
 
 FLUSH_S = 2.0
+BATCHES = "batches"
 KERNEL_SEND_BYTES = 256 << 10
 # Python looks for cycles after every 700 new objects, which a few streams make in a millisecond.
 GC_THRESHOLDS = (20_000, 20, 50)
+SETTLE_S = 1.0
 
 
 def main() -> int:
@@ -71,10 +76,9 @@ def main() -> int:
         raise SystemExit(f"{run.path} has no running deployment: its job.json or control.json is missing")
     place = places(run.ranks(job.attempt))[0]
     index = plan(recipe).frontends.index(name)
-    keys = (run.api_key(), run.admin_key())
     try:
         sockets = listeners(recipe, place, index)
-        uvloop.run(serve(recipe, control, sockets, keys, name, run.path))
+        uvloop.run(serve(recipe, control, sockets, KeyRing(run), name, run.path))
     except LaunchError as error:
         log.error("%s: %s", name, error)
         return 1
@@ -110,14 +114,13 @@ def bound(address: str, port: int, share: bool) -> socket.socket:
 
 
 async def serve(
-    recipe: Recipe, control: Control, sockets: Sequence[socket.socket], keys: tuple[str, str], name: str, folder: Path
+    recipe: Recipe, control: Control, sockets: Sequence[socket.socket], keys: KeyRing, name: str, folder: Path
 ) -> None:
-    """Serve until SIGTERM; `keys` are the API's and the operators', `folder` is the run directory.
+    """Serve until SIGTERM; `folder` is the run directory.
 
     Raises:
         ConfigError: What the recipe asks for is not there, on this node.
     """
-    api_key, admin_key = keys
     first = plan(recipe).frontends[0] == name
     secure = tls.context(recipe.frontend.tls_cert, recipe.frontend.tls_key)
     tracer = tracer_of(recipe, name)
@@ -136,7 +139,7 @@ async def serve(
     def cards() -> list[Card]:
         return [link.card for link in links if link.card.kind is not Kind.ENCODE]
 
-    links = Links(control.worker_public, recipe.frontend.stall_timeout_s, on_change)
+    links = Links(ClientKeys.of_frontends(control), recipe.frontend.stall_timeout_s, on_change)
     plane = KvPlane(control, recipe.name, name, alone=recipe.frontend.processes == 1)
     router = router_of(recipe, plane)
     if router.kv:
@@ -151,7 +154,14 @@ async def serve(
         on_local=lambda reason: metrics.local_prefills.labels(reason).inc(),
         on_resumed=metrics.resumed.inc,
         router=router,
+        attempts=recipe.failover.max_attempts,
     )
+
+    def count(kind: Kind) -> int:
+        return len(pool.usable(kind))
+
+    for role in recipe.roles:
+        metrics.usable_workers.labels(role.kind).set_function(functools.partial(count, role.kind))
     served = Served(
         name=recipe.model.name,
         max_model_len=lambda: context_of(links),
@@ -174,14 +184,13 @@ async def serve(
     store = Store(folder / "responses", recipe.frontend.stored_responses)
     gate = Gate(thresholds(recipe), pool.has_room, lambda why: metrics.refused.labels(why).inc())
     service = Service(served, text, pool, metrics, gate, tokenize=recipe.engine.tokenize)
-    app = App(service, api_key, store, Files(drawer), batches, tracer)
+    app = App(service, keys, store, Files(drawer), batches, tracer, recipe.security.open_metrics)
     commander = Commander(control, recipe.name, name)
     app.admin = Admin(
         plan(recipe),
         commander,
         lambda member: links.by_member(member) is not None,
-        admin_key,
-        api_key,
+        keys,
         recipe.engine.drain_s,
     )
     app.admin.gate = gate
@@ -192,19 +201,12 @@ async def serve(
         connection_limits(recipe),
         on_cut=lambda why: metrics.cut.labels(why).inc(),
     )
-    listening = [await loop.create_server(server.protocol, sock=item, backlog=4096, ssl=secure) for item in sockets]
-    local = await listen_locally(server, recipe.frontend.unix_socket) if first else None
-    if local is not None:
-        listening.append(local)
     report("loading")
-    addresses = [item.getsockname() for item in sockets]
-    where = " and ".join(f"{recipe.scheme}://{host}:{port}" for host, port, *_ in addresses)
-    log.info("%s listens at %s", name, where)
     # What was made until here lives as long as the process: the collector need not look at it again and again.
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
-    etcd = Etcd(control.etcd_url, control.etcd_user, control.etcd_password)
+    etcd = Etcd(control)
     async with etcd, asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(follow(etcd, recipe.name, links.update), name="discovery"),
@@ -214,11 +216,21 @@ async def serve(
             group.create_task(links.keep(), name="links"),
             group.create_task(server.keep(), name="connections"),
             group.create_task(commander.keep(), name="commands"),
+            group.create_task(keys.follow(), name="keys"),
         ]
         if first:
-            tasks.append(group.create_task(batches.work(asks(app, api_key)), name="batches"))
+            tasks.append(group.create_task(batches.work(asks(app)), name="batches"))
         if router.kv:
             tasks.append(group.create_task(plane.keep(router.kv.view, router.kv.book, cards), name="kv"))
+        # One that comes back while others serve must not answer, for want of a view, that there is nobody.
+        await links.settle(SETTLE_S)
+        listening = [await loop.create_server(server.protocol, sock=item, backlog=4096, ssl=secure) for item in sockets]
+        local = await listen_locally(server, recipe.frontend.unix_socket) if first else None
+        if local is not None:
+            listening.append(local)
+        addresses = [item.getsockname() for item in sockets]
+        where = " and ".join(f"{recipe.scheme}://{host}:{port}" for host, port, *_ in addresses)
+        log.info("%s listens at %s", name, where)
         report("ready")
         await stop.wait()
         report("draining")
@@ -244,11 +256,11 @@ async def listen_locally(server: Server, path: str | None) -> asyncio.Server | N
         os.umask(mask)
 
 
-def asks(app: App, api_key: str) -> Callable[[Request, Kept], Awaitable[None]]:
-    """How the work on batches has a request answered: as a client would."""
+def asks(app: App) -> Callable[[Request, Kept], Awaitable[None]]:
+    """How the work on batches has a request answered: as a client would, on the deployment's own account."""
 
     async def ask(request: Request, reply: Kept) -> None:
-        request.headers["authorization"] = f"Bearer {api_key}"
+        request.key_id = BATCHES
         await app(request, reply)
 
     return ask

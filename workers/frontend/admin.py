@@ -12,7 +12,6 @@ The answer lists what each member said. Its status is 200 when all did it, and o
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -26,9 +25,11 @@ from launch.recipe import Kind
 from workers.frontend.admission import Gate
 from workers.frontend.errors import ApiError, error_body
 from workers.frontend.http import Request
+from workers.frontend.keys import authorize
 from workers.frontend.reply import Reply as Answer
 from workers.runtime import commands
 from workers.runtime.commands import Command, Operation, OperationError, Reply
+from workers.runtime.keys import KeyRing, Scope
 
 log = logging.getLogger(__name__)
 
@@ -67,15 +68,13 @@ class Admin:
         plan: Plan,
         asks: Asks,
         registered: Callable[[str], bool],
-        admin_key: str,
-        api_key: str,
+        keys: KeyRing,
         drain_s: float,
     ) -> None:
         self._members = {member.name: member for member in plan.members if member.leader}
         self._asks = asks
         self._registered = registered
-        self._admin = f"Bearer {admin_key}".encode()
-        self._api = f"Bearer {api_key}".encode()
+        self._keys = keys
         self._drain_s = drain_s
         self.gate: Gate | None = None
 
@@ -89,7 +88,7 @@ class Admin:
         Raises:
             ApiError: It is not allowed, or not understood; nothing was done.
         """
-        self._authorize(request)
+        authorize(self._keys, request, Scope.ADMIN)
         if request.path == LIMITS and self.gate is not None:
             self._limits(self.gate, request, connection)
             return
@@ -113,14 +112,6 @@ class Admin:
         if operation is Operation.LOAD_LORA and not partial:
             report["rolled_back"] = await self._roll_back(given, replies)
         self._respond(connection, report, replies)
-
-    def _authorize(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
-        if hmac.compare_digest(given, self._admin):
-            return
-        if hmac.compare_digest(given, self._api):
-            raise ApiError(403, "this route needs the admin key (the file admin_key beside api_key), not the API key")
-        raise ApiError(401, "the admin key is missing or wrong: send it as `Authorization: Bearer <key>`")
 
     def _limits(self, gate: Gate, request: Request, connection: Answer) -> None:
         if request.method not in ("GET", "POST"):

@@ -11,12 +11,12 @@ from typing import Any
 from workers.frontend import chats, tokens
 from workers.frontend.about import About
 from workers.frontend.admin import Admin
-from workers.frontend.auth import Keys
 from workers.frontend.batches import Batches, BatchRequest
 from workers.frontend.bodies import unpacked
 from workers.frontend.errors import ApiError
 from workers.frontend.files import UPLOAD, Files
 from workers.frontend.http import Request
+from workers.frontend.keys import authorize, authorize_any
 from workers.frontend.messages import CountRequest, MessageRequest, Messages
 from workers.frontend.openai import ChatRequest, CompletionRequest
 from workers.frontend.openapi import document
@@ -26,6 +26,7 @@ from workers.frontend.routes import Access, Route, Routes
 from workers.frontend.service import Service
 from workers.frontend.stored import Store
 from workers.frontend.trace import Tracer
+from workers.runtime.keys import KeyRing, Scope
 
 ANTHROPIC = "/v1/messages"
 
@@ -36,14 +37,16 @@ class App:
     def __init__(
         self,
         service: Service,
-        api_key: str,
+        keys: KeyRing,
         store: Store,
         files: Files,
         batches: Batches,
         tracer: Tracer,
+        open_metrics: bool = False,
     ) -> None:
         self.service = service
-        self._keys = Keys(api_key)
+        self._keys = keys
+        self._open_metrics = open_metrics
         self._metrics = service.metrics
         self._tracer = tracer
         self.admin: Admin | None = None
@@ -80,8 +83,7 @@ class App:
                     else:
                         route, parameters = self._routes.find(request.method, request.path)
                         label = span.name = route.path
-                        if route.access is Access.API:
-                            self._keys.check(request.headers)
+                        self._authorize(route, request)
                         if request.body:
                             await unpacked(request)
                         await route.handler(request, reply, *parameters)
@@ -99,6 +101,14 @@ class App:
         finally:
             self._metrics.active.dec()
             self._metrics.requests.labels(label, str(status)).inc()
+
+    def _authorize(self, route: Route, request: Request) -> None:
+        if route.access is Access.OPEN or request.key_id:  # the work on batches has its own
+            return
+        if route.access is Access.API:
+            authorize(self._keys, request, Scope.USER)
+        elif not self._open_metrics:
+            authorize_any(self._keys, request)
 
     async def _openapi(self, request: Request, reply: Reply) -> None:
         """GET /openapi.json."""
@@ -232,6 +242,4 @@ def _telling(about: About, openapi: Any) -> Iterable[Route]:
     yield get(path="/ping", handler=about.health, summary="The same, as hosting services ask", access=Access.OPEN)
     yield Route(method="POST", path="/ping", handler=about.health, summary="The same", access=Access.OPEN)
     yield get(path="/live", handler=about.live, summary="Whether this process lives", access=Access.OPEN)
-    yield get(
-        path="/metrics", handler=about.metrics, summary="For Prometheus", access=Access.OPEN, content="text/plain"
-    )
+    yield get(path="/metrics", handler=about.metrics, summary="For Prometheus", access=Access.ANY, content="text/plain")

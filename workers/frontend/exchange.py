@@ -27,7 +27,6 @@ from workers.frontend.wishes import Wishes
 from workers.runtime import wire
 
 L = TypeVar("L", wire.End, wire.Prefilled, wire.Called)
-ATTEMPTS = 3
 SOURCE_LOST = wire.Failed(0, 503, "the prefill worker was lost before its KV cache was passed on", True)
 
 
@@ -132,6 +131,7 @@ class Pool:
         on_local: Callable[[Reason], None] = lambda reason: None,
         on_resumed: Callable[[], None] = lambda: None,
         router: Router | None = None,
+        attempts: int = 3,
     ) -> None:
         self._links = links
         self.router = router or Router(choose=choose)
@@ -141,6 +141,7 @@ class Pool:
         self.on_leg = on_leg
         self.on_local = on_local
         self.on_resumed = on_resumed
+        self.attempts = attempts
 
     def usable(self, kind: Kind, adapter: str = "") -> list[Link]:
         """The workers of a kind that may be asked now, those with the adapter if one is named."""
@@ -259,13 +260,13 @@ async def answer(
     """
     avoid: set[str] = set()
     relay = relay or Relay(write)
-    for attempt in range(ATTEMPTS):
+    for attempt in range(pool.attempts):
         # An engine may still be ending the last attempt under its own id.
         asked = replace(question, request_id=f"{question.request_id}-{attempt}") if attempt else question
         try:
             last = await _attempt(pool, asked, relay, avoid)
         except LegLostError as error:
-            if attempt == ATTEMPTS - 1:
+            if attempt == pool.attempts - 1:
                 raise ApiError(error.failed.status, error.failed.message, retry_after_s=1) from error
             avoid.add(error.instance)
             relay.begin_again(keep=relay.written or not (question.restarts or question.render.stream))
@@ -291,14 +292,14 @@ async def call(pool: Pool, kind: Kind, request_id: str, route: str, body: bytes,
     """
     avoid: set[str] = set()
     nobody = Question(request_id=request_id, prompt=b"", render=wire.NOTHING, adapter=adapter)
-    for attempt in range(ATTEMPTS):
+    for attempt in range(pool.attempts):
         target = pool.pick(kind, nobody, avoid)
         pool.on_leg(kind)
         relay = Relay(lambda data: None)
         try:
             return await _run(target, relay, lambda stream: wire.Call(stream, request_id, route, body), wire.Called)
         except LegLostError as error:
-            if attempt == ATTEMPTS - 1:
+            if attempt == pool.attempts - 1:
                 raise ApiError(error.failed.status, error.failed.message, retry_after_s=1) from error
             avoid.add(error.instance)
     raise AssertionError("the last attempt returns or raises")

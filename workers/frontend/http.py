@@ -211,7 +211,7 @@ class Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         """httptools callback."""
         self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
-        self._count_head(len(name) + len(value))
+        self._count_head(len(name) + len(value) + 4)  # with the colon, the space and the line end
 
     def on_headers_complete(self) -> None:
         """httptools callback."""

@@ -21,6 +21,8 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from workers.runtime import wire
+from workers.runtime.awake import AwakeClock
+from workers.runtime.curve import ClientKeys
 from workers.runtime.registry import Card
 from workers.runtime.sockets import LoopSocket
 
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 
 PING_S = 1.0
 CHECK_S = 0.25
+SETTLE_S = 0.005
 LOAD_VALID_S = 3.0
 LOST = wire.Failed(0, 503, "the worker was lost", True)
 
@@ -51,8 +54,9 @@ class Link:
         self,
         card: Card,
         context: zmq.Context[Any],
-        curve_server: str,
+        keys: ClientKeys,
         stall_timeout_s: float,
+        clock: AwakeClock,
         on_change: Callable[[], None],
     ) -> None:
         self.card = card
@@ -68,23 +72,29 @@ class Link:
         """Prompt tokens of this frontend's requests that the worker has yet to compute, as far as is known here."""
         self._numbers = itertools.count(1)
         self._stall_timeout_s = stall_timeout_s
+        self._clock = clock
         self._on_change = on_change
         self._connected = False
         self._serving = False
-        self._heard = 0.0
-        self._socket = self._connect(context, curve_server)
+        self._heard = clock.now - stall_timeout_s
+        self._socket = self._connect(context, keys)
         self._monitor = self._watch()
         self._socket.raw.connect(card.address)
 
     @property
     def usable(self) -> bool:
         """Whether new requests may go to the worker."""
-        return self._connected and self._serving and time.monotonic() - self._heard < self._stall_timeout_s
+        return self._connected and self._serving and not self.silent
 
     @property
     def silent(self) -> bool:
         """Whether nothing was heard for the stall timeout."""
-        return time.monotonic() - self._heard > self._stall_timeout_s
+        return self._clock.now - self._heard >= self._stall_timeout_s
+
+    @property
+    def settled(self) -> bool:
+        """Whether the worker has said once whether it serves."""
+        return self._session > 0
 
     def in_flight(self, rank: int) -> int:
         """Streams of this frontend that a data-parallel rank of the worker is serving; -1 counts those of all ranks."""
@@ -180,10 +190,9 @@ class Link:
         self._monitor.close()
         self._socket.close()
 
-    def _connect(self, context: zmq.Context[Any], curve_server: str) -> LoopSocket:
+    def _connect(self, context: zmq.Context[Any], keys: ClientKeys) -> LoopSocket:
         socket = LoopSocket(context, zmq.DEALER, self._on_message)
-        socket.raw.curve_publickey, socket.raw.curve_secretkey = zmq.curve_keypair()
-        socket.raw.curve_serverkey = curve_server.encode()
+        keys.apply(socket.raw)
         # Frames must not queue for a worker that is not there: a request is then better sent elsewhere.
         socket.raw.setsockopt(zmq.IMMEDIATE, 1)
         socket.raw.setsockopt(zmq.RECONNECT_IVL, 50)
@@ -217,7 +226,7 @@ class Link:
         if isinstance(message, wire.Beat):
             self._beat(message)
             return
-        self._heard = time.monotonic()
+        self._heard = self._clock.now
         streams = self._streams
         for number, ids, data in message.deltas:
             sink = streams.get(number)
@@ -232,9 +241,9 @@ class Link:
         if beat.instance != self.card.instance:
             # A restarted worker took the port: it has a card, and gets a link, of its own.
             self.lose("was replaced")
-            self._heard, serving = 0.0, False
+            self._heard, serving = self._clock.now - self._stall_timeout_s, False
         else:
-            self._heard = time.monotonic()
+            self._heard = self._clock.now
             if beat.session != self._session and self._session:
                 self.lose("has forgotten this frontend")
             self._session = beat.session
@@ -259,12 +268,14 @@ class Link:
 class Links:
     """All links of a frontend."""
 
-    def __init__(self, curve_server: str, stall_timeout_s: float, on_change: Callable[[], None]) -> None:
+    def __init__(self, keys: ClientKeys, stall_timeout_s: float, on_change: Callable[[], None]) -> None:
         self._context: zmq.Context[Any] = zmq.Context()
-        self._curve_server = curve_server
+        self._keys = keys
         self._stall_timeout_s = stall_timeout_s
+        self._clock = AwakeClock()
         self._on_change = on_change
         self._links: dict[str, Link] = {}
+        self._told = asyncio.Event()
 
     def __iter__(self) -> Iterator[Link]:
         return iter(list(self._links.values()))
@@ -278,11 +289,20 @@ class Links:
                 link.card = card  # the same worker may say more of itself than before: adapters, for one
                 continue
             self._links[instance] = Link(
-                card, self._context, self._curve_server, self._stall_timeout_s, self._on_change
+                card, self._context, self._keys, self._stall_timeout_s, self._clock, self._on_change
             )
         for instance, link in self._links.items():
             link.listed = instance in listed
+        self._told.set()
         self._on_change()
+
+    async def settle(self, timeout_s: float) -> None:
+        """Return once it is known which workers there are and whether each of them serves, or when the time is over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._told.wait()
+                while not all(link.settled for link in self._links.values() if link.listed):  # noqa: ASYNC110  # once in a life
+                    await asyncio.sleep(SETTLE_S)
 
     def by_member(self, member: str) -> Link | None:
         """The link to the member's present instance."""
@@ -292,6 +312,9 @@ class Links:
     async def keep(self) -> None:
         """Ping every worker, give up the streams of those that fell silent, forget the ones that are gone; for ever."""
         for tick in itertools.count():
+            paused_s = self._clock.tick()
+            if paused_s > 1:
+                log.warning("this process was held up for %.1f s", paused_s)
             for instance, link in list(self._links.items()):
                 if tick % round(PING_S / CHECK_S) == 0:
                     link.ping()

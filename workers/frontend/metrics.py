@@ -27,6 +27,9 @@ class Metrics:
             ("reason",),
             registry=self.registry,
         )
+        self.usable_workers = Gauge(
+            "baton_frontend_usable_workers", "Workers that would be asked now.", ("kind",), registry=self.registry
+        )
         self.resumed = Counter(
             "baton_frontend_resumed_answers_total",
             "Answers that another worker went on with after theirs was lost.",

@@ -23,6 +23,7 @@ class Access(StrEnum):
     OPEN = "open"
     API = "api"
     ADMIN = "admin"
+    ANY = "any"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

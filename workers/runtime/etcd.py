@@ -10,12 +10,15 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import aiohttp
+
+from launch.records import Control
 
 CALL_TIMEOUT_S = 3.0
 
@@ -39,15 +42,17 @@ class Change:
 class Etcd:
     """A client; an async context manager that owns its connections."""
 
-    def __init__(self, url: str, user: str, password: str) -> None:
-        self._url = url
-        self._user = user
-        self._password = password
+    def __init__(self, control: Control, password: str | None = None) -> None:
+        """Make a client; `password` is not the deployment's own in tests only."""
+        self._url = control.etcd_url
+        self._user = control.etcd_user
+        self._password = password or control.etcd_password
+        self._tls = _tls(control)
         self._token = ""
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession()
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=self._tls))
         return self
 
     async def __aexit__(
@@ -164,6 +169,13 @@ class Etcd:
         assert self._session, "use `async with Etcd(...)`"
         headers = {"Authorization": self._token} if self._token else {}
         return self._session.post(f"{self._url}/v3/{path}", data=json.dumps(body), headers=headers, timeout=timeout)
+
+
+def _tls(control: Control) -> ssl.SSLContext:
+    """Trust nobody but the deployment's own etcd, and show it our certificate."""
+    context = ssl.create_default_context(cadata=control.etcd_authority)
+    context.load_cert_chain(control.etcd_client_file)
+    return context
 
 
 class EtcdConnectionError(EtcdError):

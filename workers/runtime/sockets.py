@@ -16,6 +16,12 @@ import zmq
 HIGH_WATER = 10_000
 # Messages that are read in one turn of the loop: a peer that never stops sending must not keep everything else waiting.
 TURN = 16
+# A path that swallows packets, or a host that is gone without a word, ends the connection after so long. Kernels talk to each
+# other here, so that a process that is merely stopped keeps its connections.
+DEAD_PATH_S = 12
+KEEPALIVE_IDLE_S, KEEPALIVE_EVERY_S = 4, 2
+CONNECT_TIMEOUT_S = 3
+HANDSHAKE_S = 5
 
 
 class LoopSocket:
@@ -28,6 +34,14 @@ class LoopSocket:
         self.raw.setsockopt(zmq.LINGER, 0)
         self.raw.setsockopt(zmq.SNDHWM, HIGH_WATER)
         self.raw.setsockopt(zmq.RCVHWM, HIGH_WATER)
+        self.raw.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        self.raw.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_IDLE_S)
+        self.raw.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_EVERY_S)
+        self.raw.setsockopt(zmq.TCP_KEEPALIVE_CNT, (DEAD_PATH_S - KEEPALIVE_IDLE_S) // KEEPALIVE_EVERY_S)
+        self.raw.setsockopt(zmq.TCP_MAXRT, 1000 * DEAD_PATH_S)
+        # A first packet that got lost on a path that is good by now would else be sent again after up to a minute.
+        self.raw.setsockopt(zmq.CONNECT_TIMEOUT, 1000 * CONNECT_TIMEOUT_S)
+        self.raw.setsockopt(zmq.HANDSHAKE_IVL, 1000 * HANDSHAKE_S)
         self._on_message = on_message
         self._loop = asyncio.get_running_loop()
         self._descriptor = self.raw.FD

@@ -1,0 +1,1 @@
+"""How soon deaths are noticed, and how soon what died is back."""

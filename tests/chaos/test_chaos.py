@@ -1,0 +1,34 @@
+"""Nothing is lost, nothing is wrong, nothing stays: under any faults, for any seed."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.clients import End
+from tests.chaos.storm import storm
+
+
+@pytest.mark.parametrize(
+    "minutes",
+    [
+        pytest.param(0.5, marks=pytest.mark.timeout(240), id="a short storm"),
+        pytest.param(10, marks=(pytest.mark.nightly, pytest.mark.timeout(1200)), id="a long storm"),
+    ],
+)
+def test_a_storm_of_faults_costs_no_request_and_leaves_nothing(
+    tmp_path: Path, tiny_model: Path, minutes: float
+) -> None:
+    """Workers, frontends, NATS and etcd are killed, frozen, cut off and wiped at random: every client gets the whole right
+    answer, the deployment is whole again after each fault, and no memory, descriptor, file or process is left.
+    """
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"python -m tests.chaos --minutes {minutes} --seed {seed}")
+    report = storm(tmp_path / "storm", tiny_model, minutes, seed)
+    print(report.table())
+
+    assert report.problems == []
+    assert report.tally.ends[End.RIGHT] > 60 * minutes
+    assert len({done.fault for done in report.ledger.done}) > 3
