@@ -8,6 +8,7 @@
     admin_key         (0600)    the key of operations on workers (`launch.ctl`)
     ranks/<i>.json              what rank i last said of itself and its members
     stop                        somebody asked for the end
+    batch_<job>.log             what the batch script said
     logs/attempt_<n>/           logs; `logs/latest` points to the newest
     metrics/targets.json        Prometheus file_sd
 
@@ -89,7 +90,8 @@ class MemberRecord(msgspec.Struct, kw_only=True):
 class RankRecord(msgspec.Struct, kw_only=True):
     """What a rank last said; `heartbeat` is its own clock, in seconds since the epoch.
 
-    `pid` and `born` (the kernel's start time of the process, in clock ticks) name its agent on `host` for good.
+    `pid` and `born` (the kernel's start time of the process, in clock ticks) name its agent on `host` for good; `step` is
+    Slurm's name of the step that it is a task of, where it is one.
     """
 
     attempt: int
@@ -105,6 +107,7 @@ class RankRecord(msgspec.Struct, kw_only=True):
     drained: bool = False
     ended: bool = False
     failure: str | None = None
+    step: str = ""
 
 
 class Control(msgspec.Struct, kw_only=True):

@@ -18,7 +18,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 import zmq
 
@@ -26,7 +26,8 @@ from launch.errors import DeploymentError, LaunchError
 from launch.plan import ETCD_PEER_PORT, ETCD_PORT, NATS_PORT, Member, Plan, plan
 from launch.recipe import Launcher, Recipe
 from launch.records import Control, Job, MemberRecord, RankRecord, RunDirectory, State
-from slurm import children, commands, hosts, ports
+from slurm import children, commands, hosts, limit, ports, signals
+from slurm.batch import notice_s
 from slurm.commands import VISIBLE_DEVICES
 from slurm.overseer import Overseer
 from slurm.places import Place
@@ -58,26 +59,27 @@ def main(run: RunDirectory, ranks: Sequence[int], job_key: str) -> None:
 
 
 async def _serve(run: RunDirectory, ranks: Sequence[int], job_key: str) -> None:
-    stop = asyncio.Event()
+    stop, notice = asyncio.Event(), asyncio.Event()
     agents: list[Agent] = []
-    _install_signals(stop, agents)
+    _install_signals(stop, notice, agents)
     children.become_subreaper()
     recipe, job = run.recipe(), run.job()
     if job is None:
         raise LaunchError(f"{run.path} has no job.json: launch with `python -m launch`")
     where = plan(recipe)
     agents.extend(Agent(run, recipe, where, job, rank, stop) for rank in ranks)
+    watch = asyncio.create_task(_stop_before_the_limit(run, recipe, job, 0 in ranks, notice, stop), name="limit")
     results = await asyncio.gather(*(agent.run(job_key) for agent in agents), return_exceptions=True)
+    watch.cancel()
     for result in results:
         if isinstance(result, BaseException):
             raise result
 
 
-def _install_signals(stop: asyncio.Event, agents: list[Agent]) -> None:
-    """Any of these signals asks for the end; a second SIGTERM or SIGINT ends everything at once.
+def _install_signals(stop: asyncio.Event, notice: asyncio.Event, agents: list[Agent]) -> None:
+    """SIGTERM, SIGINT and USR2 (our own `launch.stop`) ask for the end; a second SIGTERM or SIGINT ends everything at once.
 
-    USR1 is Slurm's notice before the time limit and our own `launch.stop`; however often it comes, it only asks. This
-    replaces submitit's handlers, which ignore SIGTERM and kill rank 0 alone at USR2.
+    USR1 is Slurm's notice before the time limit. What came before we listened counts as well.
     """
     insisted = 0
 
@@ -91,10 +93,36 @@ def _install_signals(stop: asyncio.Event, agents: list[Agent]) -> None:
         stop.set()
 
     loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, insist)
-    for signum in (signal.SIGUSR1, signal.SIGUSR2):
-        loop.add_signal_handler(signum, stop.set)
+    handlers: dict[int, Callable[[], None]] = {signal.SIGTERM: insist, signal.SIGINT: insist}
+    handlers |= {signal.SIGUSR1: notice.set, signal.SIGUSR2: stop.set}
+    for signum, handler in handlers.items():
+        loop.add_signal_handler(signum, handler)
+    for signum in signals.came():
+        handlers[signum]()
+
+
+async def _stop_before_the_limit(
+    run: RunDirectory, recipe: Recipe, job: Job, rank0: bool, notice: asyncio.Event, stop: asyncio.Event
+) -> None:
+    """After Slurm's notice, set `stop` when what runs can still finish before the time limit, and not before.
+
+    The notice comes up to a minute early, and the limit may be moved: so the time is asked for, by rank 0 for all.
+    """
+    await notice.wait()
+    need_s = notice_s(recipe)
+    while True:
+        if rank0:
+            end = await asyncio.to_thread(limit.ends_at, job.launcher, os.environ)
+        else:
+            endpoint = run.endpoint()
+            end = endpoint.expires_at if endpoint else None
+        left = limit.seconds_left(end, need_s)
+        if not left:
+            break
+        log.info("Slurm ends the job in %.0f s; requests are admitted for another %.0f s", left + need_s, left)
+        await asyncio.sleep(left)
+    log.info("the time limit is near: stopping")
+    stop.set()
 
 
 class Agent:
@@ -112,6 +140,7 @@ class Agent:
         self._supervised: list[Supervised] = []
         self._together: dict[str, Together] = {}
         self._unwritten = False
+        self._ends_at: float | None = None
         # An agent begins with its process, imports included; the debug launcher's process began long before.
         self._started = time.monotonic() - (0.0 if job.launcher is Launcher.DEBUG else process_age_s())
         self._record = RankRecord(
@@ -124,6 +153,7 @@ class Agent:
             born=children.born(os.getpid()) or 0,
             heartbeat=time.time(),
             members={},
+            step=own_step(os.environ),
         )
 
     def kill(self) -> None:
@@ -159,7 +189,8 @@ class Agent:
                     background = [group.create_task(self._heartbeat(), name="heartbeat")]
                     if self._rank == 0:
                         overseer = Overseer(self._run, self._recipe, self._plan, self._job, self._stop)
-                        async with self._control_plane(group), overseer.published():
+                        async with self._control_plane(group), overseer.published() as endpoint:
+                            self._ends_at = endpoint.expires_at
                             background.append(group.create_task(overseer.watch(), name="overseer"))
                             await self._members(group)
                     else:
@@ -247,7 +278,7 @@ class Agent:
         )
 
     def _frontend(self, name: str) -> Supervised:
-        invocation = commands.frontend(name, self._run.path)
+        invocation = commands.frontend(name, self._run.path, self._ends_at)
         return self._child(name, invocation, FRONTEND_READY_S)
 
     def _engine(self, member: Member) -> Supervised:
@@ -409,6 +440,13 @@ class Agent:
             self._unwritten = True
         else:
             self._unwritten = False
+
+
+def own_step(environ: Mapping[str, str]) -> str:
+    """Slurm's name of the step that this process is a task of, or nothing."""
+    if "SLURM_STEP_ID" not in environ or environ.get("SUBMITIT_EXECUTOR") != "slurm":
+        return ""
+    return f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}"
 
 
 def process_age_s() -> float:

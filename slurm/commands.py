@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launch.plan import Member
 from launch.recipe import Recipe
+from slurm.limit import ENDS_AT
 from workers.engine.arguments import Place, engine_environment
 
 # submitit's local executor overwrites CUDA_VISIBLE_DEVICES; what it was before travels under this name.
@@ -31,6 +32,7 @@ def engine(
     return Invocation(argv, engine_environment(recipe, member, place, visible))
 
 
-def frontend(name: str, run_dir: Path) -> Invocation:
-    """A frontend process."""
-    return Invocation((sys.executable, "-m", "workers.frontend", str(run_dir), name), {})
+def frontend(name: str, run_dir: Path, ends_at: float | None = None) -> Invocation:
+    """A frontend process; `ends_at` is when Slurm ends the job, in seconds since the epoch."""
+    env = {} if ends_at is None else {ENDS_AT: f"{ends_at:.0f}"}
+    return Invocation((sys.executable, "-m", "workers.frontend", str(run_dir), name), env)

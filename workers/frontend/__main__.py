@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ from launch.plan import FRONTEND_PORT, plan
 from launch.recipe import Kind, Recipe
 from launch.records import Control, RunDirectory
 from slurm.children import report
+from slurm.limit import told
 from slurm.places import Place, places
 from workers.engine.options import serving_options
 from workers.frontend.admin import Admin
@@ -88,6 +90,7 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys:
     serving = serving_options(recipe, recipe.roles[-1])
     text = Text(Path(recipe.model.path), serving.chat_template, serving.default_chat_template_kwargs)
     app = App(served, text, pool, metrics, api_key)
+    app.seconds_left = lambda: told(os.environ)
     commander = Commander(control, recipe.name, name)
     app.admin = Admin(
         plan(recipe),

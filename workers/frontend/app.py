@@ -65,6 +65,7 @@ class App:
         self._authorization = f"Bearer {api_key}".encode()
         self.draining = False
         self.admin: Admin | None = None
+        self.seconds_left: Callable[[], int | None] = lambda: None
         self._routes: dict[tuple[str, str], Callable[[Request, Connection], Awaitable[None]]] = {
             ("POST", "/v1/chat/completions"): self._chat,
             ("POST", "/v1/completions"): self._completion,
@@ -260,12 +261,16 @@ class App:
 
     async def _health(self, request: Request, connection: Connection) -> None:
         missing = self._pool.missing
+        left = self.seconds_left()
+        limit = {} if left is None else {"seconds_left": left}
         if self.draining or self._pool.unable:
             connection.respond(503, msgspec.json.encode({"status": "unavailable", "reason": self._reason(missing)}))
         elif missing:
-            connection.respond(200, msgspec.json.encode({"status": "degraded", "reason": self._reason(missing)}))
+            connection.respond(
+                200, msgspec.json.encode({**limit, "status": "degraded", "reason": self._reason(missing)})
+            )
         else:
-            connection.respond(200, b'{"status":"ready"}')
+            connection.respond(200, msgspec.json.encode({**limit, "status": "ready"}))
 
     async def _live(self, request: Request, connection: Connection) -> None:
         connection.respond(200, b'{"status":"alive"}')

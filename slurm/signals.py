@@ -1,0 +1,29 @@
+"""Signals that come before the agent listens.
+
+Python ends at SIGTERM and USR1, and importing takes a while: a `scancel` in that moment would kill the task of one rank,
+with nobody told. So the first thing a task does is to hold them; the agent asks what came.
+"""
+
+from __future__ import annotations
+
+import signal
+
+HELD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_came: list[signal.Signals] = []
+
+
+def hold() -> None:
+    """From now on keep these signals in mind instead of dying of them; also undoes what submitit does with them."""
+    for signum in HELD:
+        signal.signal(signum, _note)
+
+
+def came() -> tuple[signal.Signals, ...]:
+    """What came since `hold`, each once and for the last time."""
+    found = tuple(_came)
+    _came.clear()
+    return found
+
+
+def _note(signum: int, frame: object) -> None:
+    _came.append(signal.Signals(signum))
