@@ -252,6 +252,8 @@ class EnvironmentConf:
 class PreflightConf:
     level: str = "full"
     """What is tested on each node before its engines start: full, local (nothing between nodes), or off."""
+    only: bool = False
+    """Test the nodes, print the verdict, and end: no engine is started."""
     ignore: list[str] = field(default_factory=list)
     """Findings, by name, that shall not stop the deployment (rdma, memlock, clock, ...); they are told all the same."""
     on_bad_node: str = "fail"

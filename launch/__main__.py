@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import submitit
 from rich.console import Console
 
@@ -23,7 +24,7 @@ from launch.progress import Display, endpoint_text
 from launch.recipe import Backend, Executor, Launcher, Wait
 from launch.records import Job, Phase, RunDirectory
 from launch.watch import View
-from slurm import executors
+from slurm import executors, preflight
 from slurm.batch import Submission, submitted_words
 from slurm.executors import Submitted
 from workers.engine.connectors import kv_transfer_config, require_packages
@@ -82,7 +83,11 @@ def launch(asked: Launch, console: Console) -> None:
         if asked.launcher is Launcher.DEBUG:
             _run_here(job, run, console, interrupted)
         elif asked.wait is not Wait.NO:
-            attend(asked, run, job, console, interrupted)
+            try:
+                attend(asked, run, job, console, interrupted)
+            finally:
+                if asked.recipe.preflight.only:
+                    _print_verdict(run)
 
 
 def submit(asked: Launch, where: Plan, run: RunDirectory) -> Submitted:
@@ -150,6 +155,12 @@ def _run_here(job: Submitted, run: RunDirectory, console: Console, interrupted: 
     thread.join()
     if error is not None:
         raise error if isinstance(error, LaunchError) else DeploymentError(str(error))
+
+
+def _print_verdict(run: RunDirectory) -> None:
+    """What the nodes were found to be like."""
+    reports = [msgspec.json.decode(content, type=preflight.Report) for content in run.preflights()]
+    print(preflight.table(reports) or "no node has reported")
 
 
 def _stop(asked: Launch, run: RunDirectory, console: Console) -> None:

@@ -370,6 +370,7 @@ class Preflight:
     """What is tested on each node before its engines start."""
 
     level: Level = Level.FULL
+    only: bool = False
     ignore: tuple[str, ...] = ()
     on_bad_node: str = "fail"
     kv: When = When.AUTO

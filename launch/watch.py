@@ -18,6 +18,7 @@ from launch.plan import plan
 from launch.progress import Row, rows
 from launch.recipe import Launcher
 from launch.records import SILENT_AFTER_S, Endpoint, Job, Phase, RankRecord, RunDirectory
+from slurm import signals
 from slurm.children import born, tail
 
 ENDED_SLURM_STATES = {
@@ -150,9 +151,9 @@ def request_stop(run: RunDirectory) -> None:
     job = run.job()
     if job and job.launcher is Launcher.SLURM:
         pending = not run.ranks(job.attempt) and slurm_state(job.id)[0] == "PENDING"
-        cancel(job, *(() if pending else ("--signal=USR2",)))  # USR1 is Slurm's own notice, long before the end
+        cancel(job, *(() if pending else (f"--signal={signals.STOP.name}",)))
     elif job and job.launcher is Launcher.ALLOCATION:
-        cancel_steps(run, "--signal=USR2")
+        cancel_steps(run, f"--signal={signals.STOP.name}")
 
 
 def cancel(job: Job, *flags: str) -> None:

@@ -25,11 +25,19 @@ class Invocation:
 
 
 def engine(
-    recipe: Recipe, member: Member, run_dir: Path, place: Place, visible: Sequence[str] | None = None
+    recipe: Recipe,
+    member: Member,
+    run_dir: Path,
+    place: Place,
+    visible: Sequence[str] | None = None,
+    fabric: Mapping[str, str] | None = None,
 ) -> Invocation:
-    """The process of an engine member; its slots count within `visible`, the GPUs that the rank was given."""
+    """The process of an engine member; its slots count within `visible`, the GPUs that the rank was given.
+
+    `fabric` is what its libraries are told of the node's network; the recipe's own environment wins over it.
+    """
     argv = (sys.executable, "-m", "workers.engine", str(run_dir), member.name)
-    return Invocation(argv, engine_environment(recipe, member, place, visible))
+    return Invocation(argv, {**(fabric or {}), **engine_environment(recipe, member, place, visible)})
 
 
 def frontend(name: str, run_dir: Path, ends_at: float | None = None) -> Invocation:

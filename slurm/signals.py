@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import signal
 
-HELD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# Slurm's notice before the time limit, as the batch script asks for it.
+NOTICE = signal.SIGUSR1
+# Our own request to stop. scancel sends a signal to every process of a step, children of children included: this one they
+# ignore, unless they ask for it, and so do other programs' servers.
+STOP = signal.SIGURG
+HELD = (signal.SIGTERM, NOTICE, STOP, signal.SIGUSR2)
 _came: list[signal.Signals] = []
 
 

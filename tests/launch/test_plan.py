@@ -146,7 +146,7 @@ roles = st.builds(
 @given(roles, roles, st.sampled_from([4, 6, 8]), st.booleans())
 def test_any_plan_is_consistent(first: Role, second: Role, gpus: int, dedicated: bool) -> None:
     """No slot and no port is given twice, no rank is empty, each engine has all of its slots and ranks; or it is refused."""
-    base = recipe("llama70b_disagg", f"cluster=slurm_gpu{gpus}")
+    base = shipped("llama70b_disagg", f"slurm_gpu{gpus}")
     asked = replace(
         base,
         roles=(replace(first, kind=Kind.PREFILL), replace(second, kind=Kind.DECODE)),
@@ -166,7 +166,8 @@ def test_any_plan_is_consistent(first: Role, second: Role, gpus: int, dedicated:
 )
 def test_any_plan_without_gpus_is_consistent(kind: Kind, replicas: int, tensor: int, per_node: int) -> None:
     """The same where a slot is an engine: one for each node that the engine spans."""
-    base = recipe("tiny_disagg" if kind is Kind.PREFILL else "tiny_agg", f"cluster.cpu_engines_per_node={per_node}")
+    base = shipped("tiny_disagg" if kind is Kind.PREFILL else "tiny_agg", "local")
+    base = replace(base, cluster=replace(base.cluster, cpu_engines_per_node=per_node))
     wide = [replace(role, replicas=replicas, tensor_parallel=tensor, nodes=tensor) for role in base.roles]
     asked = replace(base, roles=tuple(wide))
 
