@@ -215,22 +215,83 @@ class SecurityConf:
 
 
 @dataclass
+class LimitConf:
+    """One kind of job that a site takes; a null stands for any."""
+
+    partition: str | None = None
+    qos: str | None = None
+    nodes_min: int = 1
+    """Least nodes of such a job."""
+    nodes: int | None = None
+    """Most nodes of such a job."""
+    time_min: int | None = None
+    """Most minutes of such a job."""
+
+
+@dataclass
 class ClusterConf:
     name: str = MISSING
     """Name of the profile."""
     launcher: str = "slurm"
     """Where a deployment on this cluster runs unless `launcher` says otherwise."""
+    hosts: list[str] = field(default_factory=list)
+    """Host names of its login nodes, as shell patterns, by which launch.doctor knows the site."""
+    host_env: dict[str, str] = field(default_factory=dict)
+    """Environment variables that a login there sets, by which launch.doctor knows the site."""
+    arch: str | None = None
+    """Processor of the compute nodes (x86_64, aarch64); null where it is not known."""
     gpus_per_node: int = 0
     """GPUs that a job gets on each node."""
+    gpu_vendor: str = "nvidia"
+    """nvidia or amd."""
     cpu_engines_per_node: int = 1
     """Engines that share a node where engines run on the CPU."""
     interface: str | None = None
     """Network interface, by prefix, whose address members give to each other (ib0, hsn); null takes the address that the
     node's own name resolves to."""
+    subnet: str | None = None
+    """Take the address in this network (10.128.0.0/16) instead of the first one of the interface."""
+    hostname_suffix: str = ""
+    """What a node's name has to end with to stand for its fast address (i, at JSC); only where interface is null."""
+    fabric: str = "any"
+    """What nodes are promised to move KV cache over: ib, roce, cxi (Slingshot), ethernet, or any. A node that lacks it is
+    refused before the engines start."""
     gpu_request: str | None = "gpus-per-node={n}"
     """How sbatch is asked for GPUs, as a flag with {n}: gpus-per-node={n}, gres=gpu:{n}; null asks for none."""
     nixl_backends: list[str] = field(default_factory=lambda: ["UCX"])
     """What NIXL moves KV cache with: UCX (InfiniBand, RoCE, NVLink), LIBFABRIC (Slingshot, EFA)."""
+    account_required: bool = False
+    """Jobs without slurm.account (or SBATCH_ACCOUNT) are refused here."""
+    account_form: str | None = None
+    """What an account looks like ({account}_g); one that does not is put into it."""
+    limits: list[LimitConf] = field(default_factory=list)
+    """The kinds of jobs that the site takes; a job has to be one of those of its partition or QOS. Empty checks nothing."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """sbatch flags that the site refuses, with the reason."""
+    sbatch: dict[str, Any] = field(default_factory=dict)
+    """sbatch flags that every job needs here, by their long names."""
+    srun_args: list[str] = field(default_factory=list)
+    """Arguments that every srun needs here."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell for every batch script, before those of slurm.setup."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment of every process of a job; $NAME is replaced by the batch shell on the first node."""
+    unset: list[str] = field(default_factory=list)
+    """Environment variables that must not reach a job."""
+    cache_dir: str | None = None
+    """Folder for the caches of Hugging Face, vLLM, Triton and torch; null leaves them where they are, mostly in HOME."""
+    local_scratch: str | None = None
+    """Folder on a disk of each node's own, or in its memory, as the batch shell writes it ($TMPDIR)."""
+    container: str | None = None
+    """What runs environment.image here: apptainer, pyxis, podman_hpc, cscs; null where there is nothing."""
+    container_command: str | None = None
+    """What that is called here, if otherwise (singularity)."""
+    internet: str = "unknown"
+    """How compute nodes reach the internet: none, proxy, nat, open, unknown."""
+    home_quota_gb: int | None = None
+    """Size of HOME."""
+    flavour: str = "slurm"
+    """slurm, or psslurm (JSC), whose tasks are not started by slurmd."""
 
 
 @dataclass
@@ -251,7 +312,44 @@ class SlurmConf:
     srun_args: list[str] = field(default_factory=list)
     """More arguments for srun."""
     sbatch: dict[str, Any] = field(default_factory=dict)
-    """More sbatch flags by their long names; they win over everything else here."""
+    """More sbatch flags by their long names (dependency, reservation, ...); they win over everything else here."""
+
+
+@dataclass
+class EnvironmentConf:
+    kind: str = "here"
+    """Where the compute nodes' Python comes from: here (the one that launches), conda (a prefix), archive (a packed
+    environment, unpacked to cluster.local_scratch of each node), container (an image, run by cluster.container), or one
+    kind of container by name: apptainer, pyxis, podman_hpc, cscs."""
+    path: str | None = None
+    """The conda prefix, the archive, the image, or CSCS's environment definition; here needs none."""
+    python: str = "python3"
+    """The interpreter inside an archive (relative to it: bin/python3) or an image."""
+    binds: list[str] = field(default_factory=list)
+    """Folders to bring into a container, as path or path:path-inside, besides the run directory and the model."""
+    args: list[str] = field(default_factory=list)
+    """More arguments for the container runtime; for pyxis and cscs they go to srun."""
+
+
+@dataclass
+class PreflightConf:
+    level: str = "full"
+    """What is tested on each node before its engines start: full, local (nothing between nodes), or off."""
+    only: bool = False
+    """Test the nodes, print the verdict, and end: no engine is started."""
+    ignore: list[str] = field(default_factory=list)
+    """Findings, by name, that shall not stop the deployment (rdma, memlock, clock, ...); they are told all the same."""
+    on_bad_node: str = "fail"
+    """What becomes of the deployment when a node fails: fail. Nothing else is served yet."""
+    kv: str = "auto"
+    """Move a block by NIXL between nodes that will exchange KV cache: auto (where they are different machines and NIXL is
+    installed), always, never."""
+    min_gbit_per_s: float = 0.0
+    """Least rate of a TCP connection between nodes that exchange KV cache; 0 only reports it."""
+    max_skew_s: float = 10.0
+    """Most that the clocks of two nodes may differ; a prefill is dated, and refused when they differ by more than 25 s."""
+    timeout_s: float = 20.0
+    """Seconds for all tests of a node once its peers are there."""
 
 
 @dataclass
@@ -267,8 +365,10 @@ class Config:
     security: SecurityConf = field(default_factory=SecurityConf)
     cluster: ClusterConf = field(default_factory=ClusterConf)
     slurm: SlurmConf = field(default_factory=SlurmConf)
+    environment: EnvironmentConf = field(default_factory=EnvironmentConf)
+    preflight: PreflightConf = field(default_factory=PreflightConf)
     launcher: str | None = None
-    """slurm, local or debug; null takes the cluster's."""
+    """slurm, allocation (inside salloc), local or debug; null takes the cluster's."""
     wait: Any = "stopped"
     """How long this command stays: stopped (or true) until the deployment ends, with Ctrl-C stopping it; ready until it
     serves; no (or false) returns once it is submitted."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import submitit
 from rich.console import Console
 
@@ -23,7 +24,9 @@ from launch.progress import Display, endpoint_text
 from launch.recipe import Backend, Executor, Launcher, Wait
 from launch.records import Job, Phase, RunDirectory
 from launch.watch import View
-from slurm import executors, hosts
+from slurm import executors, hosts, preflight
+from slurm.batch import Submission, submitted_words
+from slurm.executors import Submitted
 from workers.engine.connectors import kv_transfer_config, require_packages
 from workers.engine.ray_cluster import require_ray
 
@@ -31,7 +34,7 @@ HELP = """python -m launch +recipe=<name> [key=value ...]
 
 recipes    {recipes}
 clusters   {clusters}          cluster=<name>, default local
-launcher   slurm, local, debug          launcher=<name>, default the cluster's
+launcher   slurm, allocation, local, debug          launcher=<name>, default the cluster's
 keys       any of conf/schema.py: roles.decode.replicas=2, engine.args.max_model_len=8192, slurm.account=x
 wait       wait=true stays until the end (Ctrl-C stops the deployment), wait=ready until it serves, wait=false not at all
 dry run    dry_run=true prints the plan, the batch script and every command, and touches nothing
@@ -80,10 +83,14 @@ def launch(asked: Launch, console: Console) -> None:
         if asked.launcher is Launcher.DEBUG:
             _run_here(job, run, console, interrupted)
         elif asked.wait is not Wait.NO:
-            attend(asked, run, job, console, interrupted)
+            try:
+                attend(asked, run, job, console, interrupted)
+            finally:
+                if asked.recipe.preflight.only:
+                    _print_verdict(run)
 
 
-def submit(asked: Launch, where: Plan, run: RunDirectory) -> submitit.Job[None]:
+def submit(asked: Launch, where: Plan, run: RunDirectory) -> Submitted:
     """Write the run directory and submit; the job's number goes into `job.json`."""
     attempt = run.next_attempt()
     try:
@@ -92,15 +99,16 @@ def submit(asked: Launch, where: Plan, run: RunDirectory) -> submitit.Job[None]:
         raise NameTakenError(run.name, "it was launched at this very moment") from None
     record = Job(launcher=asked.launcher, attempt=attempt, id="", host=socket.gethostname(), submitted_at=time.time())
     run.put_job(record)
-    job = executors.submit(asked.launcher, asked.recipe, where, run.path, run.logs(attempt))
+    words = submitted_words(asked.overrides)
+    job = executors.submit(
+        asked.launcher, asked.recipe, where, Submission(run_dir=run.path, attempt=attempt, overrides=words)
+    )
     record.id = str(job.job_id)
     run.put_job(record)
     return job
 
 
-def attend(
-    asked: Launch, run: RunDirectory, job: submitit.Job[None], console: Console, interrupted: threading.Event
-) -> None:
+def attend(asked: Launch, run: RunDirectory, job: Submitted, console: Console, interrupted: threading.Event) -> None:
     """Show progress until the deployment is ready, and then, unless only that was waited for, until it ends.
 
     Raises:
@@ -124,7 +132,7 @@ def attend(
     _stop(asked, run, console)
 
 
-def _run_here(job: submitit.Job[None], run: RunDirectory, console: Console, interrupted: threading.Event) -> None:
+def _run_here(job: Submitted, run: RunDirectory, console: Console, interrupted: threading.Event) -> None:
     """The debug executor: everything in this process, progress from a thread beside it."""
     done = threading.Event()
 
@@ -141,11 +149,18 @@ def _run_here(job: submitit.Job[None], run: RunDirectory, console: Console, inte
 
     thread = threading.Thread(target=show, name="progress", daemon=True)
     thread.start()
+    assert isinstance(job, submitit.core.core.Job)
     error = job.exception()  # runs the job; results() would open a debugger at an error
     done.set()
     thread.join()
     if error is not None:
         raise error if isinstance(error, LaunchError) else DeploymentError(str(error))
+
+
+def _print_verdict(run: RunDirectory) -> None:
+    """What the nodes were found to be like."""
+    reports = [msgspec.json.decode(content, type=preflight.Report) for content in run.preflights()]
+    print(preflight.table(reports) or "no node has reported")
 
 
 def _stop(asked: Launch, run: RunDirectory, console: Console) -> None:
@@ -171,12 +186,13 @@ def _views(run: RunDirectory) -> Iterator[tuple[View, str]]:
         time.sleep(watch.POLL_S)
 
 
-def _raise_if_failed(run: RunDirectory, job: submitit.Job[None], view: View, console: Console) -> None:
+def _raise_if_failed(run: RunDirectory, job: Submitted, view: View, console: Console) -> None:
     if view.failure:
         watch.stop(run, STOP_WAIT_S)
         raise DeploymentError(view.failure)
-    if view.job.launcher is Launcher.LOCAL and not view.ended and job.done():
-        _raise_ended(run, watch.look(run), "the local executor's processes have ended")
+    if view.job.launcher in (Launcher.LOCAL, Launcher.ALLOCATION) and not view.ended and job.done():
+        who = "the local executor's processes have" if view.job.launcher is Launcher.LOCAL else "srun has"
+        _raise_ended(run, watch.look(run), f"{who} ended")
 
 
 def _raise_ended(run: RunDirectory, view: View, how: str) -> None:
@@ -189,7 +205,8 @@ def _raise_ended(run: RunDirectory, view: View, how: str) -> None:
 
 def _check_packages(asked: Launch) -> None:
     """Refuse missing packages at once where the engines run in this environment; on a cluster the members do."""
-    if asked.launcher is Launcher.SLURM or asked.recipe.engine.backend is not Backend.VLLM:
+    elsewhere = asked.launcher in (Launcher.SLURM, Launcher.ALLOCATION)
+    if elsewhere or asked.recipe.engine.backend is not Backend.VLLM:
         return
     for role in asked.recipe.roles:
         require_packages(kv_transfer_config(asked.recipe, role.kind))

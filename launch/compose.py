@@ -23,16 +23,22 @@ from launch.recipe import (
     Backend,
     Batch,
     Cluster,
+    Container,
     Control,
     Engine,
+    Environment,
     Executor,
+    Fabric,
     Failover,
     Frontend,
     Kind,
     Launcher,
+    Level,
+    Limit,
     LoadFailure,
     LocalPrefillMode,
     Model,
+    Preflight,
     Recipe,
     Role,
     RouterMode,
@@ -40,6 +46,7 @@ from launch.recipe import (
     Tiny,
     Tokenize,
     Wait,
+    When,
 )
 from workers.engine.checks import check_engines
 from workers.engine.model import read_shape
@@ -135,15 +142,18 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
         ),
         failover=Failover(**_fields(written.failover)),
         security=Security(**_fields(written.security)),
-        cluster=Cluster(
-            **_fields(
-                written.cluster,
-                launcher=word(Launcher, "cluster.launcher", written.cluster.launcher),
-                nixl_backends=tuple(written.cluster.nixl_backends),
-            )
-        ),
+        cluster=_cluster(written.cluster),
         slurm=Batch(
             **_fields(written.slurm, setup=tuple(written.slurm.setup), srun_args=tuple(written.slurm.srun_args))
+        ),
+        environment=_environment(written),
+        preflight=Preflight(
+            **_fields(
+                written.preflight,
+                level=word(Level, "preflight.level", written.preflight.level),
+                kv=word(When, "preflight.kv", written.preflight.kv),
+                ignore=tuple(written.preflight.ignore),
+            )
         ),
     )
     check_engines(recipe, read_shape(path))
@@ -154,6 +164,45 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
         dry_run=written.dry_run,
         runs_dir=Path(written.runs_dir).expanduser().absolute(),
         overrides=overrides,
+    )
+
+
+def _cluster(written: schema.ClusterConf) -> Cluster:
+    tuples = ("nixl_backends", "hosts", "srun_args", "setup", "unset")
+    container = word(Container, "cluster.container", written.container) if written.container else None
+    return Cluster(
+        **_fields(
+            written,
+            **{name: tuple(getattr(written, name)) for name in tuples},
+            launcher=word(Launcher, "cluster.launcher", written.launcher),
+            fabric=word(Fabric, "cluster.fabric", written.fabric),
+            limits=tuple(Limit(**_fields(limit)) for limit in written.limits),
+            container=container,
+        )
+    )
+
+
+def _environment(written: schema.Config) -> Environment:
+    """The environment, with the container runtime that its kind or the cluster names."""
+    asked, here = written.environment, written.cluster.container
+    kinds = ("here", "conda", "archive", "container", *Container)
+    if asked.kind not in kinds:
+        raise ConfigError(
+            f"environment.kind is one of {', '.join(kinds)}, got {asked.kind!r}{closest(asked.kind, kinds)}"
+        )
+    if asked.kind == "container" and here is None:
+        raise ConfigError(
+            f"cluster {written.cluster.name!r} names no container runtime: write environment.kind="
+            f"{' or '.join(Container)}, or use an environment without one"
+        )
+    runtime = here if asked.kind == "container" else asked.kind
+    return Environment(
+        **_fields(
+            asked,
+            binds=tuple(asked.binds),
+            args=tuple(asked.args),
+            container=Container(str(runtime)) if runtime in list(Container) else None,
+        )
     )
 
 

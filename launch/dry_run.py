@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import shlex
-import sys
 from pathlib import Path
 
 import msgspec
@@ -15,7 +14,8 @@ from launch.compose import Launch
 from launch.plan import Member, Plan
 from launch.recipe import Backend, Launcher
 from launch.records import RunDirectory
-from slurm import commands, executors
+from slurm import commands
+from slurm.batch import Submission, script, submitted_words
 from slurm.places import planned
 from workers.engine.arguments import engine_arguments
 
@@ -28,8 +28,9 @@ def describe(asked: Launch, plan: Plan, run_dir: Path) -> str:
         "Ports are offsets into the block that each rank claims when it starts (20000 to 32767, from the job's id).\n",
     ]
     if asked.launcher is Launcher.SLURM:
-        folder = RunDirectory(run_dir).logs(RunDirectory(run_dir).next_attempt())
-        text = executors.script(asked.recipe, plan, folder, shlex.quote(sys.executable))
+        words = submitted_words(asked.overrides)
+        submission = Submission(run_dir=run_dir, attempt=RunDirectory(run_dir).next_attempt(), overrides=words)
+        text = script(asked.recipe, plan, submission)
         parts.append(f"# batch script\n{text}")
     parts.append(_members(asked, plan, run_dir))
     if not asked.recipe.model.tiny and not (Path(asked.recipe.model.path) / "config.json").is_file():

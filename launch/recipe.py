@@ -6,6 +6,7 @@ is one GPU, or on machines without GPUs one engine (`Cluster.cpu_engines_per_nod
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -33,9 +34,10 @@ class Kind(StrEnum):
 
 
 class Launcher(StrEnum):
-    """Where the agents run: a Slurm job, processes of this machine, or this very process."""
+    """Where the agents run: a Slurm job of their own or the one we are in, processes of this machine, or this very process."""
 
     SLURM = "slurm"
+    ALLOCATION = "allocation"
     LOCAL = "local"
     DEBUG = "debug"
 
@@ -93,6 +95,46 @@ class RouterMode(StrEnum):
     POWER_OF_TWO = "power_of_two"
     LEAST_LOADED = "least_loaded"
     DIRECT = "direct"
+
+
+class Fabric(StrEnum):
+    """What nodes move KV cache over."""
+
+    IB = "ib"
+    ROCE = "roce"
+    CXI = "cxi"
+    ETHERNET = "ethernet"
+    ANY = "any"
+
+    @property
+    def rdma(self) -> bool:
+        """Whether the profile promises remote memory access."""
+        return self in (Fabric.IB, Fabric.ROCE, Fabric.CXI)
+
+
+class Container(StrEnum):
+    """What runs an image."""
+
+    APPTAINER = "apptainer"
+    PYXIS = "pyxis"
+    PODMAN_HPC = "podman_hpc"
+    CSCS = "cscs"
+
+
+class Level(StrEnum):
+    """How much the preflight tests: all, nothing between nodes, or nothing."""
+
+    FULL = "full"
+    LOCAL = "local"
+    OFF = "off"
+
+
+class When(StrEnum):
+    """Whether something optional is done."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
 
 
 class LocalPrefillMode(StrEnum):
@@ -318,6 +360,17 @@ class Security:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """A kind of job that a site takes: so many nodes for at most so many minutes; None is any."""
+
+    partition: str | None = None
+    qos: str | None = None
+    nodes_min: int = 1
+    nodes: int | None = None
+    time_min: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
     """What a machine is like; one file in `conf/cluster/` each."""
 
@@ -328,6 +381,29 @@ class Cluster:
     interface: str | None
     gpu_request: str | None
     nixl_backends: tuple[str, ...] = ("UCX",)
+    hosts: tuple[str, ...] = ()
+    host_env: Mapping[str, str] = field(default_factory=dict)
+    arch: str | None = None
+    gpu_vendor: str = "nvidia"
+    subnet: str | None = None
+    hostname_suffix: str = ""
+    fabric: Fabric = Fabric.ANY
+    account_required: bool = False
+    account_form: str | None = None
+    limits: tuple[Limit, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    sbatch: Mapping[str, Any] = field(default_factory=dict)
+    srun_args: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    unset: tuple[str, ...] = ()
+    cache_dir: str | None = None
+    local_scratch: str | None = None
+    container: Container | None = None
+    container_command: str | None = None
+    internet: str = "unknown"
+    home_quota_gb: int | None = None
+    flavour: str = "slurm"
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.nixl_backends if name not in NIXL_BACKENDS]
@@ -341,6 +417,17 @@ class Cluster:
                 f"cluster.gpus_per_node is at least 0 and cluster.cpu_engines_per_node at least 1, "
                 f"got {self.gpus_per_node} and {self.cpu_engines_per_node}"
             )
+        if self.gpu_vendor not in ("nvidia", "amd"):
+            raise ConfigError(f"cluster.gpu_vendor is nvidia or amd, got {self.gpu_vendor!r}")
+        if self.account_form is not None and self.account_form.count("{account}") != 1:
+            raise ConfigError(f"cluster.account_form holds {{account}} once, got {self.account_form!r}")
+        if self.subnet is not None:
+            try:
+                ipaddress.ip_network(self.subnet)
+            except ValueError as error:
+                raise ConfigError(
+                    f"cluster.subnet is a network like 10.128.0.0/16, got {self.subnet!r} ({error})"
+                ) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -365,6 +452,53 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """Where the compute nodes' Python comes from; `container` is the runtime of an image, None for everything else."""
+
+    kind: str = "here"
+    path: str | None = None
+    python: str = "python3"
+    binds: tuple[str, ...] = ()
+    args: tuple[str, ...] = ()
+    container: Container | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind != "here" and not self.path:
+            raise ConfigError(f"environment.kind={self.kind} needs environment.path=<where it is>")
+        if self.kind == "here" and self.path:
+            raise ConfigError(
+                f"environment.path={self.path} is for another kind of environment: say which, environment.kind=container "
+                "for an image, conda or archive"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preflight:
+    """What is tested on each node before its engines start."""
+
+    level: Level = Level.FULL
+    only: bool = False
+    ignore: tuple[str, ...] = ()
+    on_bad_node: str = "fail"
+    kv: When = When.AUTO
+    min_gbit_per_s: float = 0.0
+    max_skew_s: float = 10.0
+    timeout_s: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.on_bad_node != "fail":
+            raise ConfigError(
+                f"preflight.on_bad_node={self.on_bad_node} is not served yet: use fail, which names the bad node and the "
+                "flag that leaves it out of the next job"
+            )
+        if self.timeout_s <= 0 or self.max_skew_s <= 0 or self.min_gbit_per_s < 0:
+            raise ConfigError(
+                f"preflight.timeout_s and preflight.max_skew_s are above 0 and preflight.min_gbit_per_s at least 0, "
+                f"got {self.timeout_s}, {self.max_skew_s} and {self.min_gbit_per_s}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """A deployment as decided by its user: everything that the plan, the job and the members are computed from."""
 
@@ -378,6 +512,8 @@ class Recipe:
     slurm: Batch
     failover: Failover = Failover()
     security: Security = Security()
+    environment: Environment = Environment()
+    preflight: Preflight = Preflight()
 
     def __post_init__(self) -> None:
         kinds = {role.kind for role in self.roles}

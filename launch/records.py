@@ -10,6 +10,9 @@
     keys.json         (0600)    hashes of further keys (`launch.keys`)
     ranks/<i>.json              what rank i last said of itself and its members
     stop                        somebody asked for the end
+    batch_<job>.log             what the batch script said
+    preflight/<i>.json          what rank i found on its node before its engines started
+    preflight.json              all of them, once all have reported
     logs/attempt_<n>/           logs; `logs/latest` points to the newest
     metrics/targets.json        Prometheus file_sd
 
@@ -91,7 +94,8 @@ class MemberRecord(msgspec.Struct, kw_only=True):
 class RankRecord(msgspec.Struct, kw_only=True):
     """What a rank last said; `heartbeat` is its own clock, in seconds since the epoch.
 
-    `pid` and `born` (the kernel's start time of the process, in clock ticks) name its agent on `host` for good.
+    `pid` and `born` (the kernel's start time of the process, in clock ticks) name its agent on `host` for good; `step` is
+    Slurm's name of the step that it is a task of, where it is one.
     """
 
     attempt: int
@@ -107,6 +111,7 @@ class RankRecord(msgspec.Struct, kw_only=True):
     drained: bool = False
     ended: bool = False
     failure: str | None = None
+    step: str = ""
 
 
 class Control(msgspec.Struct, kw_only=True):
@@ -205,7 +210,8 @@ class RunDirectory:
         self.logs(attempt).mkdir(parents=True)
         (self.path / "ranks").mkdir(exist_ok=True)
         self.targets_file.parent.mkdir(exist_ok=True)
-        for stale in (self.stop_file, self.path / "control.json", self.path / "endpoint.json", *self._rank_files()):
+        records = [self.path / name for name in ("control.json", "endpoint.json", "preflight.json")]
+        for stale in (self.stop_file, *records, *self._rank_files(), *(self.path / "preflight").glob("*.json")):
             stale.unlink(missing_ok=True)
         # The recipe may hold tokens in the engines' environment.
         write(self.path / "recipe.yaml", msgspec.yaml.encode(asdict(recipe)), mode=0o600)
@@ -271,6 +277,17 @@ class RunDirectory:
     def put_rank(self, record: RankRecord) -> None:
         """Publish what a rank says of itself."""
         write(self.path / "ranks" / f"{record.rank}.json", _json(record))
+
+    def put_preflight(self, rank: int | None, content: bytes) -> None:
+        """Publish the JSON of what a rank found before its engines started; of all ranks for None."""
+        folder = self.path / "preflight"
+        folder.mkdir(exist_ok=True)
+        write(self.path / "preflight.json" if rank is None else folder / f"{rank}.json", content)
+
+    def preflights(self) -> list[bytes]:
+        """What ranks found, of whatever attempt."""
+        found = (read_bytes(path) for path in sorted((self.path / "preflight").glob("*.json")))
+        return [content for content in found if content is not None]
 
     def put_targets(self, targets: list[dict[str, Any]]) -> None:
         """Publish the metrics pages in Prometheus' file_sd form."""

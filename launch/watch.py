@@ -18,6 +18,7 @@ from launch.plan import plan
 from launch.progress import Row, rows
 from launch.recipe import Launcher
 from launch.records import SILENT_AFTER_S, Endpoint, Job, Phase, RankRecord, RunDirectory
+from slurm import signals
 from slurm.children import born, tail
 
 ENDED_SLURM_STATES = {
@@ -95,7 +96,7 @@ def where_alive(run: RunDirectory) -> str | None:
     if job.host != socket.gethostname():
         return f"on {job.host}" if not ended and recently_heard(ranks) else None
     alive = [str(record.pid) for record in ranks.values() if born(record.pid) == record.born]
-    if not alive and job.launcher is Launcher.LOCAL and is_controller(job.id, run):
+    if not alive and job.launcher in (Launcher.LOCAL, Launcher.ALLOCATION) and is_controller(job.id, run):
         alive = [job.id]
     return f"on this machine, process {alive[0]}" if alive else None
 
@@ -106,7 +107,7 @@ def recently_heard(ranks: dict[int, RankRecord]) -> bool:
 
 
 def is_controller(pid: str, run: RunDirectory) -> bool:
-    """Whether the process is submitit's local controller of this deployment."""
+    """Whether the process is submitit's local controller, or the srun, of this deployment."""
     try:
         return bytes(run.path) in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -150,12 +151,22 @@ def request_stop(run: RunDirectory) -> None:
     job = run.job()
     if job and job.launcher is Launcher.SLURM:
         pending = not run.ranks(job.attempt) and slurm_state(job.id)[0] == "PENDING"
-        cancel(job, *(() if pending else ("--signal=USR1",)))
+        cancel(job, *(() if pending else (f"--signal={signals.STOP.name}",)))
+    elif job and job.launcher is Launcher.ALLOCATION:
+        cancel_steps(run, f"--signal={signals.STOP.name}")
 
 
 def cancel(job: Job, *flags: str) -> None:
     """scancel a job."""
     subprocess.run(["scancel", *flags, job.id], capture_output=True, timeout=60, check=False)
+
+
+def cancel_steps(run: RunDirectory, *flags: str) -> None:
+    """scancel the step that the agents run as, where they run inside somebody's allocation; that itself stays."""
+    job = run.job()
+    steps = {record.step for record in run.ranks(job.attempt).values() if record.step} if job else set()
+    for step in steps:
+        subprocess.run(["scancel", *flags, step], capture_output=True, timeout=60, check=False)
 
 
 def signal_agents(run: RunDirectory, signum: signal.Signals) -> None:
@@ -173,6 +184,8 @@ def insist(run: RunDirectory) -> None:
     job = run.job()
     if job and job.launcher is Launcher.SLURM:
         cancel(job)
+    elif job and job.launcher is Launcher.ALLOCATION:
+        cancel_steps(run)
     else:
         signal_agents(run, signal.SIGTERM)
 
@@ -197,6 +210,7 @@ def stop(run: RunDirectory, timeout_s: float, on_look: Callable[[View], None] = 
 def agent_logs(run: RunDirectory, job: Job) -> str:
     """The ends of the agents' own logs, for a deployment that ended without saying why."""
     found = sorted(run.logs(job.attempt).glob("*_log.out"))
+    found += [path for path in (run.path / f"batch_{job.id}.log", run.logs(job.attempt) / "srun.out") if path.exists()]
     return "\n".join(f"{path}:\n{tail(path, 12)}" for path in found) or f"no agent wrote to {run.logs(job.attempt)}"
 
 

@@ -18,16 +18,18 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 import zmq
 
 from launch.errors import DeploymentError, LaunchError
-from launch.plan import ETCD_PORT, NATS_PORT, Member, Plan, plan
-from launch.recipe import Launcher, Recipe
+from launch.plan import ETCD_PORT, NATS_PORT, PREFLIGHT_PORT, Member, Plan, plan
+from launch.recipe import Launcher, Level, Recipe
 from launch.records import Control, Job, MemberRecord, RankRecord, RunDirectory, State
-from slurm import children, commands, hosts, ports
+from slurm import children, commands, fabric, hosts, limit, ports, preflight, probe, signals
+from slurm.batch import notice_s
 from slurm.overseer import Overseer
 from slurm.places import Place
 from slurm.supervise import Command, Supervised
@@ -59,26 +61,27 @@ def main(run: RunDirectory, ranks: Sequence[int], job_key: str) -> None:
 
 
 async def _serve(run: RunDirectory, ranks: Sequence[int], job_key: str) -> None:
-    stop = asyncio.Event()
+    stop, notice = asyncio.Event(), asyncio.Event()
     agents: list[Agent] = []
-    _install_signals(stop, agents)
+    _install_signals(stop, notice, agents)
     children.become_subreaper()
     recipe, job = run.recipe(), run.job()
     if job is None:
         raise LaunchError(f"{run.path} has no job.json: launch with `python -m launch`")
     where = plan(recipe)
     agents.extend(Agent(run, recipe, where, job, rank, stop) for rank in ranks)
+    watch = asyncio.create_task(_stop_before_the_limit(run, recipe, job, 0 in ranks, notice, stop), name="limit")
     results = await asyncio.gather(*(agent.run(job_key) for agent in agents), return_exceptions=True)
+    watch.cancel()
     for result in results:
         if isinstance(result, BaseException):
             raise result
 
 
-def _install_signals(stop: asyncio.Event, agents: list[Agent]) -> None:
-    """Any of these signals asks for the end; a second SIGTERM or SIGINT ends everything at once.
+def _install_signals(stop: asyncio.Event, notice: asyncio.Event, agents: list[Agent]) -> None:
+    """SIGTERM, SIGINT, USR2 and what `launch.stop` sends ask for the end; a second SIGTERM or SIGINT ends everything at once.
 
-    USR1 is Slurm's notice before the time limit and our own `launch.stop`; however often it comes, it only asks. This
-    replaces submitit's handlers, which ignore SIGTERM and kill rank 0 alone at USR2.
+    Slurm's notice before the time limit only announces it. What came before we listened counts as well.
     """
     insisted = 0
 
@@ -92,10 +95,36 @@ def _install_signals(stop: asyncio.Event, agents: list[Agent]) -> None:
         stop.set()
 
     loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, insist)
-    for signum in (signal.SIGUSR1, signal.SIGUSR2):
-        loop.add_signal_handler(signum, stop.set)
+    handlers: dict[int, Callable[[], None]] = {signal.SIGTERM: insist, signal.SIGINT: insist}
+    handlers |= {signals.NOTICE: notice.set, signals.STOP: stop.set, signal.SIGUSR2: stop.set}
+    for signum, handler in handlers.items():
+        loop.add_signal_handler(signum, handler)
+    for signum in signals.came():
+        handlers[signum]()
+
+
+async def _stop_before_the_limit(
+    run: RunDirectory, recipe: Recipe, job: Job, rank0: bool, notice: asyncio.Event, stop: asyncio.Event
+) -> None:
+    """After Slurm's notice, set `stop` when what runs can still finish before the time limit, and not before.
+
+    The notice comes up to a minute early, and the limit may be moved: so the time is asked for, by rank 0 for all.
+    """
+    await notice.wait()
+    need_s = notice_s(recipe)
+    while True:
+        if rank0:
+            end = await asyncio.to_thread(limit.ends_at, job.launcher, os.environ)
+        else:
+            endpoint = run.endpoint()
+            end = endpoint.expires_at if endpoint else None
+        left = limit.seconds_left(end, need_s)
+        if not left:
+            break
+        log.info("Slurm ends the job in %.0f s; requests are admitted for another %.0f s", left + need_s, left)
+        await asyncio.sleep(left)
+    log.info("the time limit is near: stopping")
+    stop.set()
 
 
 class Agent:
@@ -113,6 +142,11 @@ class Agent:
         self._supervised: list[Supervised] = []
         self._together: dict[str, Together] = {}
         self._unwritten = False
+        self._ends_at: float | None = None
+        self._snapshot = fabric.Snapshot()
+        self._buses: tuple[str, ...] = ()
+        self._sound = asyncio.Event()
+        self._close_answering: Callable[[], object] = lambda: None
         # An agent begins with its process, imports included; the debug launcher's process began long before.
         self._started = time.monotonic() - (0.0 if job.launcher is Launcher.DEBUG else process_age_s())
         self._record = RankRecord(
@@ -125,6 +159,7 @@ class Agent:
             born=children.born(os.getpid()) or 0,
             heartbeat=time.time(),
             members={},
+            step=own_step(os.environ),
         )
 
     def kill(self) -> None:
@@ -149,18 +184,31 @@ class Agent:
             self._save()
 
     async def _run_rank(self, job_key: str) -> None:
-        with ports.claim(job_key, self._rank) as block:
-            self._record.address = hosts.address(self._recipe.cluster.interface)
+        wide = preflight.between(self._recipe, self._job.launcher, self._plan)
+        with ports.claim(job_key, self._rank) as block, contextlib.ExitStack() as open_until_the_end:
+            self._snapshot = await asyncio.to_thread(fabric.read, hosts.interfaces())
+            self._record.address = self._address()
             self._record.port_base = block.base
+            if wide:  # before the record says where: others test the way as soon as they read it
+                answering = await probe.start(self._record.address, block.base + PREFLIGHT_PORT)
+                open_until_the_end.callback(answering.close)
+                self._close_answering = answering.close
             for member in self._plan.on(self._rank):
                 self._note(member.name, State.STARTING, 0, "")
             self._save()
             try:
+                if self._recipe.preflight.only:
+                    await self._only_preflight()
+                    return
                 async with asyncio.TaskGroup() as group:
-                    background = [group.create_task(self._heartbeat(), name="heartbeat")]
+                    background = [
+                        group.create_task(self._heartbeat(), name="heartbeat"),
+                        group.create_task(self._preflight(), name="preflight"),
+                    ]
                     if self._rank == 0:
                         overseer = Overseer(self._run, self._recipe, self._plan, self._job, self._stop)
-                        async with self._control_plane(group), overseer.published():
+                        async with self._control_plane(group), overseer.published() as endpoint:
+                            self._ends_at = endpoint.expires_at
                             background.append(group.create_task(overseer.watch(), name="overseer"))
                             await self._members(group)
                     else:
@@ -174,6 +222,7 @@ class Agent:
     async def _members(self, group: asyncio.TaskGroup) -> None:
         """Frontends (rank 0) and engine members, from their start to their end."""
         await self._wait_for_control()
+        await self._wait_for(self._sound.is_set, self._recipe.engine.ready_timeout_s, unless_stopped=True)
         frontends = [self._frontend(name) for name in self._plan.frontends] if self._rank == 0 else []
         leaders: list[Supervised] = []
         followers: list[tuple[Member, Supervised]] = []
@@ -250,12 +299,16 @@ class Agent:
         )
 
     def _frontend(self, name: str) -> Supervised:
-        invocation = commands.frontend(name, self._run.path)
+        invocation = commands.frontend(name, self._run.path, self._ends_at)
         return self._child(name, invocation, FRONTEND_READY_S)
 
     def _engine(self, member: Member) -> Supervised:
         place = Place(self._record.address, self._record.port_base)
-        invocation = commands.engine(self._recipe, member, self._run.path, place, self._devices())
+        mine = tuple(self._buses[slot] for slot in member.slots if slot < len(self._buses))
+        told = fabric.environment(self._snapshot, self._recipe.cluster, self._record.address, mine)
+        # What the user's own shell or the batch script's setup says wins; only `all` is never what anybody means.
+        told = {name: value for name, value in told.items() if os.environ.get(name) in (None, "all")}
+        invocation = commands.engine(self._recipe, member, self._run.path, place, self._devices(), told)
         together = None
         if member.nodes > 1:
             others = self._plan.members_of(member.engine)
@@ -266,7 +319,7 @@ class Agent:
 
     def _devices(self) -> tuple[str, ...] | None:
         """The GPUs that this rank was given, as CUDA counts or names them; None when nobody restricted them."""
-        if self._job.launcher is not Launcher.SLURM:
+        if self._job.launcher in (Launcher.LOCAL, Launcher.DEBUG):
             return hosts.node_devices(hosts.devices_here(), self._rank, self._plan.slots_per_node) or None
         given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         return tuple(given.split(",")) if given else None
@@ -309,6 +362,72 @@ class Agent:
             etcd_authority=certificates.authority,
             etcd_client_file=str(client_file),
         )
+
+    # --- what this node and the way to the others are like ----------------------------------------------------------
+
+    def _address(self) -> str:
+        """What this node gives to others, by the profile's interface or subnet, or else by its name."""
+        cluster = self._recipe.cluster
+        if cluster.interface is None and cluster.subnet is None:
+            return hosts.address(cluster.hostname_suffix)
+        return str(fabric.address(self._snapshot, cluster).address)
+
+    async def _only_preflight(self) -> None:
+        """Test, tell, and end."""
+        heartbeat = asyncio.create_task(self._heartbeat(), name="heartbeat")
+        try:
+            await self._preflight()
+        finally:
+            heartbeat.cancel()
+
+    async def _preflight(self) -> None:
+        """Test this node before its engines start, and answer the tests of the others until all have reported.
+
+        Raises:
+            PreflightError: It is not fit; says why, and what to do.
+        """
+        recipe = self._recipe
+        if recipe.preflight.level is Level.OFF:
+            self._sound.set()
+            return
+        wide = preflight.between(recipe, self._job.launcher, self._plan)
+        take = functools.partial(preflight.gather, recipe, self._rank, self._run.path, self._snapshot, dict(os.environ))
+        report, facts = await preflight.examine(
+            recipe, self._plan, self._job.attempt, self._rank, take, self._devices(), self._test if wide else None
+        )
+        self._run.put_preflight(self._rank, msgspec.json.format(msgspec.json.encode(report)))
+        self._buses = preflight.buses(facts, self._devices())
+        if report.failed and not self._stop.is_set():  # a peer that was stopped before it began is no fault
+            # The others' tests of this node are not to fail because it has gone.
+            await self._tell_verdict(recipe.preflight.timeout_s)
+            raise preflight.PreflightError(report)
+        self._sound.set()
+        await self._tell_verdict(recipe.engine.ready_timeout_s)
+        self._close_answering()
+
+    async def _test(self, peer: int) -> probe.Link:
+        """Test the way to another rank, once it is there."""
+        await self._wait_for_rank(peer)
+        record = self._run.rank(self._job.attempt, peer)
+        if record is None:  # we were asked to stop meanwhile
+            return probe.Link(peer=peer, host="", address="", error="it did not start")
+        timeout_s = self._recipe.preflight.timeout_s
+        return await probe.measure(peer, record.host, record.address, record.port_base + PREFLIGHT_PORT, timeout_s)
+
+    async def _tell_verdict(self, timeout_s: float) -> None:
+        """Wait until every rank has reported; rank 0 then publishes and logs it all."""
+        reports: list[preflight.Report] = []
+
+        def all_there() -> bool:
+            nonlocal reports
+            if len(found := self._run.preflights()) == self._plan.ranks:
+                reports = [msgspec.json.decode(content, type=preflight.Report) for content in found]
+            return len(reports) == self._plan.ranks
+
+        there = await self._wait_for(all_there, timeout_s, unless_stopped=True)
+        if there and reports and self._rank == 0:
+            self._run.put_preflight(None, msgspec.json.format(msgspec.json.encode(reports)))
+            log.info("preflight:\n%s", preflight.table(reports))
 
     # --- what the other ranks say ---------------------------------------------------------------------------------
 
@@ -423,6 +542,13 @@ class Agent:
             self._unwritten = True
         else:
             self._unwritten = False
+
+
+def own_step(environ: Mapping[str, str]) -> str:
+    """Slurm's name of the step that this process is a task of, or nothing."""
+    if "SLURM_STEP_ID" not in environ or environ.get("SUBMITIT_EXECUTOR") != "slurm":
+        return ""
+    return f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}"
 
 
 def process_age_s() -> float:

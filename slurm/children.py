@@ -22,6 +22,7 @@ from pathlib import Path
 import msgspec
 
 from launch.errors import ChildError
+from slurm import signals
 
 log = logging.getLogger(__name__)
 
@@ -210,6 +211,8 @@ def tail(path: Path, lines: int = 20) -> str:
 
 
 def _die_with_parent() -> None:
+    # Slurm sends its notice of the time limit to every process of a step, and it would end ours in the middle of a request.
+    signal.signal(signals.NOTICE, signal.SIG_IGN)
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 

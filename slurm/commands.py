@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launch.plan import Member
 from launch.recipe import Recipe
+from slurm.limit import ENDS_AT
 from workers.engine.arguments import Place, engine_environment
 
 
@@ -21,14 +22,27 @@ class Invocation:
 
 
 def engine(
-    recipe: Recipe, member: Member, run_dir: Path, place: Place, visible: Sequence[str] | None = None
+    recipe: Recipe,
+    member: Member,
+    run_dir: Path,
+    place: Place,
+    visible: Sequence[str] | None = None,
+    fabric: Mapping[str, str] | None = None,
 ) -> Invocation:
-    """The process of an engine member; its slots count within `visible`, the GPUs that the rank was given."""
+    """The process of an engine member; its slots count within `visible`, the GPUs that the rank was given.
+
+    `fabric` is what its libraries are told of the node's network; the recipe's own environment wins over it.
+    """
     argv = (sys.executable, "-m", "workers.engine", str(run_dir), member.name)
-    return Invocation(argv, engine_environment(recipe, member, place, visible))
+    return Invocation(argv, {**(fabric or {}), **engine_environment(recipe, member, place, visible)})
 
 
-def frontend(name: str, run_dir: Path) -> Invocation:
-    """A frontend process. It tokenizes in threads of its own; the tokenizer's would only pass single texts to and fro."""
-    argv = (sys.executable, "-m", "workers.frontend", str(run_dir), name)
-    return Invocation(argv, {"TOKENIZERS_PARALLELISM": "false"})
+def frontend(name: str, run_dir: Path, ends_at: float | None = None) -> Invocation:
+    """A frontend process; `ends_at` is when Slurm ends the job, in seconds since the epoch.
+
+    It tokenizes in threads of its own; the tokenizer's would only pass single texts to and fro.
+    """
+    env = {"TOKENIZERS_PARALLELISM": "false"}
+    if ends_at is not None:
+        env[ENDS_AT] = f"{ends_at:.0f}"
+    return Invocation((sys.executable, "-m", "workers.frontend", str(run_dir), name), env)

@@ -1,74 +1,72 @@
-"""Submission through submitit: the same agents as a Slurm job, as processes of this machine, or inside this process."""
+"""Submission: the same agents as a Slurm job or a step of the one we are in, as processes of this machine, or inside this
+process."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
-from submitit.slurm.slurm import _make_sbatch_string
 
 from launch.errors import PlanError, SubmitError
 from launch.plan import Plan
 from launch.recipe import Launcher, Recipe
-from slurm import task
+from slurm import batch, task
+from slurm.batch import Submission
+from slurm.environments import interpreter
 from slurm.hosts import VISIBLE_DEVICES, devices_here
 
-# Our agents decide who ends, not Slurm: a dead node or task must not take the others along.
-STEP_ARGS = ("--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--mpi=none", "--cpu-bind=none")
 YEAR_MIN = 365 * 24 * 60
 
 
-def parameters(recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    """The flags of the Slurm job, in submitit's names; one task for each node."""
-    batch = recipe.slurm
-    setup = [f"export SRUN_CPUS_PER_TASK={batch.cpus_per_task}"] if batch.cpus_per_task else []
-    # A requeued job would find the records of its own earlier life and take them for the present.
-    more: dict[str, Any] = {"no-kill": True, "no-requeue": True, "signal": f"USR1@{drain_notice_s(recipe)}"}
-    if recipe.cluster.gpu_request and recipe.engine.device == "cuda":
-        flag, _, value = recipe.cluster.gpu_request.format(n=recipe.cluster.gpus_per_node).partition("=")
-        more[flag] = value
-    given = {
-        "partition": batch.partition,
-        "account": batch.account,
-        "qos": batch.qos,
-        "constraint": batch.constraint,
-        "cpus_per_task": batch.cpus_per_task,
-        "mem": batch.mem,
-        "exclusive": batch.exclusive or None,
-    }
-    return {
-        "job_name": recipe.name,
-        "time": batch.time_min,
-        "nodes": plan.ranks,
-        "ntasks_per_node": 1,
-        "setup": [*setup, *batch.setup],
-        "srun_args": [*STEP_ARGS, *batch.srun_args],
-        "stderr_to_stdout": True,
-        "wckey": None,  # submitit's own default is refused by sites that check it
-        "additional_parameters": more | dict(batch.sbatch),
-        **{name: value for name, value in given.items() if value is not None},
-    }
+class Submitted(Protocol):
+    """What was started: its number, and whether it has ended."""
+
+    @property
+    def job_id(self) -> str:
+        """Slurm's number of the job, or the process that stands for it."""
+        ...
+
+    def done(self) -> bool:
+        """Whether it has ended, as far as is known here."""
+        ...
 
 
-def drain_notice_s(recipe: Recipe) -> int:
-    """Seconds before the time limit at which Slurm sends USR1; it may come up to 60 s early."""
-    return round(recipe.engine.drain_s) + 60
+class SlurmExecutor(submitit.SlurmExecutor):
+    """submitit's own, sending our script to the letter."""
+
+    def __init__(self, folder: Path, text: str) -> None:
+        super().__init__(folder)
+        self._text = text
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return self._text
 
 
-def script(recipe: Recipe, plan: Plan, folder: Path, python: str) -> str:
-    """The batch script, to the letter, as `submit` sends it. A pure function."""
-    command = f"{python} -u -m submitit.core._submit {folder}"
-    return _make_sbatch_string(command=command, folder=folder, **parameters(recipe, plan))
+class Step:
+    """Agents that run as one step of the allocation we are in, behind an srun of ours."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    @property
+    def job_id(self) -> str:
+        """The process of srun."""
+        return str(self._process.pid)
+
+    def done(self) -> bool:
+        """Whether srun has ended."""
+        return self._process.poll() is not None
 
 
 def check(launcher: Launcher, recipe: Recipe, plan: Plan, gpus_here: int) -> None:
@@ -85,12 +83,9 @@ def check(launcher: Launcher, recipe: Recipe, plan: Plan, gpus_here: int) -> Non
                     f"launcher=slurm needs {name} on PATH and there is none: run this on a login node of the cluster, "
                     "or use launcher=local to run on this machine"
                 )
-        shortest = (drain_notice_s(recipe) + 60) // 60 + 1
-        if recipe.slurm.time_min < shortest:
-            raise SubmitError(
-                f"slurm.time_min={recipe.slurm.time_min} leaves no time to serve: Slurm's notice comes up to "
-                f"{drain_notice_s(recipe) + 60} s before the end; use at least {shortest}, or a smaller engine.drain_s"
-            )
+        batch.refuse(recipe, plan, os.environ)
+    elif launcher is Launcher.ALLOCATION:
+        _refuse_allocation(plan, os.environ)
     elif recipe.engine.device == "cuda":
         # The agents of a machine that plays several nodes share its GPUs out: see `node_devices`.
         needed = (
@@ -103,19 +98,36 @@ def check(launcher: Launcher, recipe: Recipe, plan: Plan, gpus_here: int) -> Non
             )
 
 
-def submit(launcher: Launcher, recipe: Recipe, plan: Plan, run_dir: Path, folder: Path) -> submitit.Job[None]:
+def _refuse_allocation(plan: Plan, environ: Mapping[str, str]) -> None:
+    """Refuse to start a step where there is no allocation for it."""
+    if "SLURM_HET_SIZE" in environ:
+        raise SubmitError(f"job {environ.get('SLURM_JOB_ID')} is heterogeneous: {batch.REFUSED['hetjob']}")
+    if shutil.which("srun") is None or "SLURM_JOB_ID" not in environ:
+        raise SubmitError(
+            f"launcher=allocation runs inside a job and this is none: `salloc --nodes={plan.ranks} ...` first, "
+            "or submit one with launcher=slurm"
+        )
+    nodes = int(environ.get("SLURM_JOB_NUM_NODES", environ.get("SLURM_NNODES", "1")))
+    if nodes < plan.ranks:
+        raise SubmitError(
+            f"the deployment needs {plan.ranks} nodes and job {environ['SLURM_JOB_ID']} has {nodes}: "
+            f"`salloc --nodes={plan.ranks} ...`, or choose smaller counts"
+        )
+
+
+def submit(launcher: Launcher, recipe: Recipe, plan: Plan, asked: Submission) -> Submitted | submitit.Job[None]:
     """Submit the agents of the plan.
 
     Args:
         launcher: Which executor.
         recipe: The recipe, already in the run directory.
         plan: Its plan.
-        run_dir: What the agents are told.
-        folder: Where submitit writes its files and the agents' logs.
+        asked: Where the run directory is, and the attempt.
 
     Raises:
         SubmitError: sbatch refused; brings what it said.
     """
+    folder, run_dir = asked.folder, asked.run_dir
     if launcher is Launcher.DEBUG:
         return submitit.DebugExecutor(folder).submit(task.run, str(run_dir))
     if launcher is Launcher.LOCAL:
@@ -128,13 +140,39 @@ def submit(launcher: Launcher, recipe: Recipe, plan: Plan, run_dir: Path, folder
         )
         with _shielded_children(folder / "controller.out"):
             return local.submit(task.run, str(run_dir))
-    executor = submitit.SlurmExecutor(folder, python=sys.executable)
-    executor.update_parameters(**parameters(recipe, plan))
+    if launcher is Launcher.ALLOCATION:
+        return _step(recipe, plan, asked)
+    executor = SlurmExecutor(folder, batch.script(recipe, plan, asked))
+    executor.update_parameters(**batch.parameters(recipe, plan, asked))
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what sbatch says; the error below repeats it
             return executor.submit(task.run, str(run_dir))
     except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
         raise SubmitError(f"sbatch refused the job: {_said(error)}") from error
+
+
+def _step(recipe: Recipe, plan: Plan, asked: Submission) -> Step:
+    """Start the agents as one step of the allocation that we are in, through the same shell lines as in a batch script."""
+    srun = [
+        *("srun", "--unbuffered", f"--nodes={plan.ranks}", f"--ntasks={plan.ranks}", "--ntasks-per-node=1"),
+        f"--output={asked.folder}/%j_%t_log.out",
+        *batch.step_args(recipe, asked.run_dir),
+    ]
+    python = interpreter(recipe, asked.run_dir)
+    lines = [*batch.exports(recipe), *python.setup, *recipe.cluster.setup, *recipe.slurm.setup]
+    lines.append(f"exec {shlex.join(srun)} {batch.task_command(recipe, asked)}")
+    # An allocation's flags for CPUs are those of its own shell; the agents take whole nodes, whatever it was given.
+    inherited = {name: value for name, value in os.environ.items() if name not in ("SLURM_CPUS_PER_TASK",)}
+    with (asked.folder / "srun.out").open("ab") as output:
+        process = subprocess.Popen(
+            ["bash", "-c", "\n".join(lines)],
+            env=inherited | {"SUBMITIT_EXECUTOR": "slurm", "SLURM_EXPORT_ENV": "ALL"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # the terminal's Ctrl-C is for the launching command, which tells the agents
+        )
+    return Step(process)
 
 
 def _said(error: Exception) -> str:

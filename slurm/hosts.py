@@ -17,19 +17,15 @@ SIOCGIFADDR = 0x8915
 VISIBLE_DEVICES = "BATON_VISIBLE_DEVICES"
 
 
-def address(interface: str | None) -> str:
-    """The IPv4 address that members on this node give to others.
-
-    Args:
-        interface: Prefix of the interface's name (`ib`, `hsn0`); None takes what the node's own name resolves to.
+def address(suffix: str = "") -> str:
+    """The IPv4 address that this node's own name resolves to; some sites name the fabric's address by a suffix.
 
     Raises:
-        LaunchError: No such interface has an address, or the name resolves to loopback only. There is no last resort:
-            an address that others cannot reach fails later and elsewhere.
+        LaunchError: The name does not resolve, or to loopback only. There is no last resort: an address that others cannot
+            reach fails later and elsewhere.
     """
-    if interface is not None:
-        return _of_interface(interface)
-    host = socket.gethostname()
+    short, dot, domain = socket.gethostname().partition(".")
+    host = f"{short}{suffix}{dot}{domain}" if suffix else socket.gethostname()
     try:
         found = {str(info[4][0]) for info in socket.getaddrinfo(host, None, socket.AF_INET)}
     except OSError as error:
@@ -70,17 +66,6 @@ def interfaces() -> dict[str, str]:
                 continue  # the interface is down or has no IPv4 address
             found[name] = socket.inet_ntoa(answer[20:24])
     return found
-
-
-def _of_interface(prefix: str) -> str:
-    found = interfaces()
-    for name in sorted(found):
-        if name.startswith(prefix):
-            return found[name]
-    raise LaunchError(
-        f"{socket.gethostname()} has no interface {prefix}* with an IPv4 address: "
-        f"set cluster.interface to one of {', '.join(f'{name} ({ip})' for name, ip in found.items()) or 'none found'}"
-    )
 
 
 def devices_here() -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from launch.plan import FRONTEND_PORT, Plan, shared_port
 from launch.recipe import Launcher, Recipe
 from launch.records import SILENT_AFTER_S, Endpoint, Job, Phase, RankRecord, RunDirectory, State
 from launch.trust import trusting
+from slurm import limit
 from slurm.places import Place
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Overseer:
         self._endpoint: Endpoint | None = None
 
     @contextlib.asynccontextmanager
-    async def published(self) -> AsyncIterator[None]:
+    async def published(self) -> AsyncIterator[Endpoint]:
         """The endpoint, from its first word to `stopped`."""
         rank0 = self._run.ranks(self._job.attempt)[0]
         place = Place(rank0.address, rank0.port_base)
@@ -55,11 +56,11 @@ class Overseer:
             models=[self._recipe.model.name],
             state=Phase.STARTING,
             api_key_file=str(self._run.api_key_file),
-            expires_at=self._expires_at(),
+            expires_at=await asyncio.to_thread(self._expires_at),
         )
         self._run.put_endpoint(self._endpoint)
         try:
-            yield
+            yield self._endpoint
         finally:
             with contextlib.suppress(OSError):
                 self._publish(Phase.STOPPED)
@@ -134,7 +135,7 @@ class Overseer:
                 writer.close()
         except (OSError, TimeoutError):
             return False
-        return said.endswith(b'{"status":"ready"}')
+        return said.endswith(b'"status":"ready"}')
 
     def _publish(self, phase: Phase) -> None:
         assert self._endpoint
@@ -145,11 +146,11 @@ class Overseer:
         self._endpoint.state = phase
 
     def _expires_at(self) -> float | None:
-        """When Slurm ends the job; SLURM_JOB_END_TIME is absent in Slurm 22.05, then our own limit is counted from now."""
-        if self._job.launcher is not Launcher.SLURM:
-            return None
-        end = os.environ.get("SLURM_JOB_END_TIME")
-        return float(end) if end else time.time() + 60 * self._recipe.slurm.time_min
+        """When Slurm ends the job; where nobody can say, our own limit is counted from now."""
+        end = limit.ends_at(self._job.launcher, os.environ)
+        if end is None and self._job.launcher is Launcher.SLURM:
+            return time.time() + 60 * self._recipe.slurm.time_min
+        return end
 
     def _targets(self, ranks: Mapping[int, RankRecord]) -> list[dict[str, Any]]:
         """Every metrics page, in Prometheus' file_sd form."""

@@ -52,7 +52,7 @@ from launch.recipe import Kind, Launcher, Wait
         pytest.param(["+recipe=tiny_disagg", "roles.aggregated.replicas=1"], r"mix with no other role", id="mixed"),
         pytest.param(
             ["+recipe=tiny_agg", "launcher=slurrm"],
-            r"one of slurm, local, debug, got 'slurrm', did you mean 'slurm'",
+            r"one of slurm, allocation, local, debug, got 'slurrm', did you mean 'slurm'",
             id="launcher",
         ),
         pytest.param(["+recipe=tiny_agg", "wait=maybe"], r"wait is one of stopped, ready, no", id="wait"),
@@ -79,8 +79,13 @@ def test_bad_words_are_refused_with_the_way_out(overrides: list[str], message: s
         plan(read(overrides).recipe)
 
 
-@pytest.mark.parametrize("name", choices("recipe"))
-@pytest.mark.parametrize("cluster", choices("cluster"))
+@pytest.mark.parametrize(
+    ("name", "cluster"),
+    [
+        *((name, cluster) for name in choices("recipe") for cluster in ("local", "slurm_gpu8", "perlmutter")),
+        *(("llama70b_disagg", cluster) for cluster in choices("cluster")),
+    ],
+)
 def test_every_shipped_file_composes(name: str, cluster: str) -> None:
     """Recipes are named after their files; a cluster decides the launcher."""
     asked = read([f"+recipe={name}", f"cluster={cluster}"])

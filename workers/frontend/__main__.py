@@ -22,6 +22,7 @@ from launch.plan import FRONTEND_PORT, plan, shared_port
 from launch.recipe import Kind, Recipe, RouterMode
 from launch.records import Control, RunDirectory
 from slurm.children import report
+from slurm.limit import told
 from slurm.places import Place, places
 from workers.engine.options import merged, serving_options
 from workers.frontend import tls
@@ -184,6 +185,7 @@ async def serve(
     store = Store(folder / "responses", recipe.frontend.stored_responses)
     gate = Gate(thresholds(recipe), pool.has_room, lambda why: metrics.refused.labels(why).inc())
     service = Service(served, text, pool, metrics, gate, tokenize=recipe.engine.tokenize)
+    service.seconds_left = lambda: told(os.environ)
     app = App(service, keys, store, Files(drawer), batches, tracer, recipe.security.open_metrics)
     commander = Commander(control, recipe.name, name)
     app.admin = Admin(

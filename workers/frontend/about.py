@@ -58,6 +58,8 @@ class About:
     async def health(self, request: Request, reply: Reply) -> None:
         """GET /health, and /ping as hosting services call it."""
         service, missing = self._service, self._service.pool.missing
+        left = service.seconds_left()
+        limit: dict[str, Any] = {} if left is None else {"seconds_left": left}
         if service.draining or service.pool.unable:
             status, state = 503, {"status": "unavailable", "reason": service.reason(missing)}
         elif missing:
@@ -67,7 +69,7 @@ class About:
             status, state = 200, {"status": "degraded", "reason": reason}
         else:
             status, state = 200, {"status": "ready"}
-        reply.respond(status, msgspec.json.encode(state))
+        reply.respond(status, msgspec.json.encode(state if status == 503 else limit | state))
 
     async def live(self, request: Request, reply: Reply) -> None:
         """GET /live."""

@@ -48,6 +48,8 @@ class Service:
     gate: Gate
     tokenize: Tokenize = Tokenize.AUTO
     draining: bool = False
+    seconds_left: Callable[[], int | None] = lambda: None
+    """Until Slurm ends the job; None where nothing is known of that."""
 
     def __post_init__(self) -> None:
         self.metrics.queued.set_function(lambda: self.gate.waiting)
