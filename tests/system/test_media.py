@@ -21,7 +21,14 @@ from tests.deployments import Deployment, deployed, targets
 from tests.parity import CASES as TEXTS
 from tests.parity import CHAT, Case, answer
 from tests.reference import plain_vllm
+from tests.system.test_resume import HEAD, Recorder, client_sees, counted, pool
+from workers.frontend.exchange import Pool, Question
+from workers.frontend.exchange import answer as ask
+from workers.frontend.openai import options
+from workers.frontend.sources import source
+from workers.runtime import wire
 
+assert pool  # the fixture, over this module's deployment
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 MOST_IMAGES = 3
@@ -193,6 +200,31 @@ def test_media_that_were_named_need_not_be_sent_again(deployment: Deployment) ->
 
     assert first[0] == 200
     assert second == first
+
+
+@pytest.mark.parametrize("stream", STREAMED, ids=["unary", "streamed"])
+async def test_an_answer_about_an_image_goes_on_as_if_it_had_not_been_cut(pool: Pool, stream: bool) -> None:
+    """Another worker makes the prompt again, and goes on with the ids so far; usage counts each token once."""
+    case = asked("What is this?", seen(RED), max_tokens=20)
+    question = Question(
+        request_id=f"cut-{stream}",
+        prompt=b"",
+        source=source(messages=case.body["messages"]),
+        media=True,
+        render=wire.Render(wire.Shape.CHAT, stream, False, HEAD, "}", 0),
+        options=options(case.body),
+        max_tokens=case.body["max_tokens"],
+    )
+    whole = Recorder()
+    last = await ask(pool, question, whole.write, relay=whole)
+    expected = client_sees(whole.data + last.data, stream)
+    for cut in (1, 7, 19):
+        ids, told = whole.after(cut)
+        rest = Recorder(ids)
+        end = await ask(pool, question, rest.write, relay=rest)
+
+        assert client_sees(told + rest.data + end.data, stream) == expected, cut
+        assert counted(end) == counted(last)
 
 
 def test_media_are_encoded_where_the_recipe_says(deployment: Deployment) -> None:
