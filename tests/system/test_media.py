@@ -191,6 +191,26 @@ def test_bad_media_are_refused_and_the_worker_lives_on(deployment: Deployment, n
     assert deployment.pids() == before
 
 
+@pytest.mark.parametrize(
+    ("path", "prompt"),
+    [
+        pytest.param("chat/completions", {"messages": []}, id="no messages"),
+        pytest.param("chat/completions", {"messages": [{"content": "hello"}]}, id="no role"),
+        pytest.param("chat/completions", {"messages": [{"role": "user", "content": {}}]}, id="no content"),
+        pytest.param("completions", {"prompt": [[]]}, id="no ids"),
+        pytest.param("completions", {"prompt": [""], "add_special_tokens": False}, id="no text"),
+        pytest.param("completions", {"prompt": [[2**40]]}, id="ids that do not exist"),
+    ],
+)
+def test_prompts_of_nothing_are_refused(deployment: Deployment, path: str, prompt: dict[str, Any]) -> None:
+    """Whoever makes them."""
+    refused = deployment.http.post(
+        f"{deployment.endpoint.url}/{path}", json={"model": "tiny", "max_tokens": 3, **prompt}
+    )
+
+    assert refused.status_code == 400, refused.text
+
+
 def test_media_that_were_named_need_not_be_sent_again(deployment: Deployment) -> None:
     """vLLM's `uuid`: the second request carries the name alone."""
     name = "seen before"
@@ -244,6 +264,8 @@ def test_media_are_encoded_where_the_recipe_says(deployment: Deployment) -> None
 
     assert tell(RED, "planted") == blue
     assert red != blue
+    assert tell(RED, "../../../escaped") == red  # vLLM's own connector would make a folder of that name
+    assert (folder / kept("../../../escaped")).exists()
 
 
 def kept(name: str) -> str:

@@ -143,6 +143,8 @@ class App:
     async def _conversation(self, ask: ChatRequest, size: int) -> tuple[bytes, bytes]:
         """The packed ids of a conversation of about `size` bytes, or what a worker makes them of; the other is empty."""
         text = self._text
+        if not ask.messages:
+            raise ApiError(400, "messages must not be empty", param="messages")
         if text is None or (self._tokenize_where is Tokenize.AUTO and has_media(ask.messages)):
             return b"", sources.source(messages=ask.messages)
         prompt = await self._tokenize(
@@ -165,7 +167,8 @@ class App:
         special = ask.add_special_tokens is not False
         prompts = [await self._prompt(prompt, special) for prompt in texts]
         echoes = [text if isinstance(text, str) else None for text in texts]
-        made = [b"" if prompt else sources.source(prompt=text) for prompt, text in zip(prompts, texts, strict=True)]
+        by_worker = self._text is None
+        made = [sources.source(prompt=text) if by_worker and isinstance(text, str) else b"" for text in texts]
         await self._generate(Generation(Shape.COMPLETION, ask, fields, prompts, echoes, made), request, connection)
 
     async def _pooling(self, request: Request, connection: Connection) -> None:
