@@ -157,7 +157,7 @@ class Overseer:
         found: list[dict[str, Any]] = []
         for member in self._plan.members:
             record = ranks.get(member.rank)
-            if record and member.leader:
+            if record:
                 page = f"{record.address}:{record.port_base + member.ports.metrics}"
                 labels = {"role": str(member.kind), "replica": str(member.replica), "member": member.name}
                 found.append({"targets": [page], "labels": {"deployment": self._recipe.name, **labels}})

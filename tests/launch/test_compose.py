@@ -7,7 +7,7 @@ import pytest
 from launch.compose import choices, read
 from launch.errors import ConfigError
 from launch.plan import plan
-from launch.recipe import Kind, Launcher, Wait
+from launch.recipe import Kind, Launcher, Tiny, Wait
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,11 @@ from launch.recipe import Kind, Launcher, Wait
             id="launcher",
         ),
         pytest.param(["+recipe=tiny_agg", "wait=maybe"], r"wait is one of stopped, ready, no", id="wait"),
+        pytest.param(
+            ["+recipe=tiny_agg", "engine.tokenize=workers"],
+            r"one of auto, frontend, worker, got 'workers', did you mean 'worker'",
+            id="who tokenizes",
+        ),
         pytest.param(["+recipe=tiny_agg", "name=a/b"], r"cannot name a folder", id="name"),
         pytest.param(["+recipe=tiny_agg", "frontend.port=70000"], r"1 to 65535", id="port"),
         pytest.param(["+recipe=tiny_agg", "slurm.time_min=0"], r"at least 1 minute", id="time"),
@@ -111,3 +116,14 @@ def test_engine_options_need_no_plus() -> None:
 def test_wait_takes_yes_no_and_ready(word: str, meaning: Wait) -> None:
     """`wait=false` leaves at once."""
     assert read(["+recipe=tiny_agg", f"wait={word}"]).wait is meaning
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"), [("tiny:m/t", Tiny.TEXT), ("tiny-vision:m/t", Tiny.VISION), ("/models/tiny:m", None)]
+)
+def test_the_path_says_which_model_is_made(path: str, kind: Tiny | None) -> None:
+    """Or that none is: then it must be there."""
+    model = read(["+recipe=tiny_agg", f"model.path='{path}'"]).recipe.model
+
+    assert model.tiny is kind
+    assert model.path.endswith(path.rpartition(":")[2] if kind else path)

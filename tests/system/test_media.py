@@ -21,17 +21,24 @@ from tests.deployments import Deployment, deployed, targets
 from tests.parity import CASES as TEXTS
 from tests.parity import CHAT, Case, answer
 from tests.reference import plain_vllm
+from tests.system.test_resume import HEAD, Recorder, client_sees, counted, pool
+from workers.frontend.exchange import Pool, Question
+from workers.frontend.exchange import answer as ask
+from workers.frontend.openai import options
+from workers.frontend.sources import source
+from workers.runtime import wire
 
+assert pool  # the fixture, over this module's deployment
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 MOST_IMAGES = 3
-# In the second, workers also make the prompts that have no media.
+# In the first, workers also make the prompts that have no media.
 SHAPES = [
-    pytest.param(("+recipe=tiny_vlm",), id="aggregated"),
     pytest.param(
         ("+recipe=tiny_vlm_encode", "engine.tokenize=worker", "engine.canary_interval_s=1"),
         id="encode, prefill and decode apart",
     ),
+    pytest.param(("+recipe=tiny_vlm",), id="aggregated", marks=pytest.mark.nightly),
     pytest.param(("+recipe=tiny_vlm_disagg",), id="prefill and decode apart", marks=pytest.mark.nightly),
 ]
 
@@ -64,7 +71,16 @@ def said(messages: list[dict[str, Any]], status: int = 200, **more: Any) -> Case
 
 WITHOUT_IMAGES = (
     *("greedy", "token ids", "several prompts", "no begin token", "echo", "echo of token ids", "echo with logprobs"),
-    *("stop string", "developer role", "chat token ids out", "json schema", "token out of vocabulary"),
+    *(
+        "stop and min_tokens",
+        "echo alone",
+        "echo alone with logprobs",
+        "stop string",
+        "developer role",
+        "chat token ids out",
+        "json schema",
+        "token out of vocabulary",
+    ),
 )
 RED, BLUE = picture("red"), picture("blue")
 CASES: dict[str, Case] = {
@@ -184,6 +200,25 @@ def test_bad_media_are_refused_and_the_worker_lives_on(deployment: Deployment, n
     assert deployment.pids() == before
 
 
+@pytest.mark.parametrize(
+    ("path", "prompt"),
+    [
+        pytest.param("chat/completions", {"messages": []}, id="no messages"),
+        pytest.param("chat/completions", {"messages": [{"content": "hello"}]}, id="no role"),
+        pytest.param("completions", {"prompt": [[]]}, id="no ids"),
+        pytest.param("completions", {"prompt": [""], "add_special_tokens": False}, id="no text"),
+        pytest.param("completions", {"prompt": [[2**40]]}, id="ids that do not exist"),
+    ],
+)
+def test_prompts_of_nothing_are_refused(deployment: Deployment, path: str, prompt: dict[str, Any]) -> None:
+    """Whoever makes them."""
+    refused = deployment.http.post(
+        f"{deployment.endpoint.url}/{path}", json={"model": "tiny", "max_tokens": 3, **prompt}
+    )
+
+    assert refused.status_code == 400, refused.text
+
+
 def test_media_that_were_named_need_not_be_sent_again(deployment: Deployment) -> None:
     """vLLM's `uuid`: the second request carries the name alone."""
     name = "seen before"
@@ -193,6 +228,31 @@ def test_media_that_were_named_need_not_be_sent_again(deployment: Deployment) ->
 
     assert first[0] == 200
     assert second == first
+
+
+@pytest.mark.parametrize("stream", STREAMED, ids=["unary", "streamed"])
+async def test_an_answer_about_an_image_goes_on_as_if_it_had_not_been_cut(pool: Pool, stream: bool) -> None:
+    """Another worker makes the prompt again, and goes on with the ids so far; usage counts each token once."""
+    case = asked("What is this?", seen(RED), max_tokens=20)
+    question = Question(
+        request_id=f"cut-{stream}",
+        prompt=b"",
+        source=source(messages=case.body["messages"]),
+        media=True,
+        render=wire.Render(wire.Shape.CHAT, stream, False, HEAD, "}", 0),
+        options=options(case.body),
+        max_tokens=case.body["max_tokens"],
+    )
+    whole = Recorder()
+    last = await ask(pool, question, whole.write, relay=whole)
+    expected = client_sees(whole.data + last.data, stream)
+    for cut in (1, 7, 19):
+        ids, told = whole.after(cut)
+        rest = Recorder(ids)
+        end = await ask(pool, question, rest.write, relay=rest)
+
+        assert client_sees(told + rest.data + end.data, stream) == expected, cut
+        assert counted(end) == counted(last)
 
 
 def test_media_are_encoded_where_the_recipe_says(deployment: Deployment) -> None:
@@ -212,6 +272,8 @@ def test_media_are_encoded_where_the_recipe_says(deployment: Deployment) -> None
 
     assert tell(RED, "planted") == blue
     assert red != blue
+    assert tell(RED, "../../../escaped") == red  # vLLM's own connector would make a folder of that name
+    assert (folder / kept("../../../escaped")).exists()
 
 
 def kept(name: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import msgspec
 import pytest
 import zmq
@@ -222,8 +223,18 @@ def test_an_engine_over_nodes_of_a_slurm_job_comes_back(
         assert complete(running.client, "after it", False).completion_tokens == 40
 
 
-def test_only_leaders_register(two_engines: Deployment) -> None:
-    """A follower has no metrics page and gets no requests."""
-    pages = {item["labels"]["member"] for item in targets(two_engines.run)}
+def test_every_member_has_a_page_and_followers_get_no_requests(two_engines: Deployment) -> None:
+    """The page of a follower says that its process lives, and what it uses."""
+    pages = {item["labels"]["member"]: item["targets"][0] for item in targets(two_engines.run)}
+    leaders, followers = (
+        [f"aggregated-{engine}.0" for engine in (0, 1)],
+        [f"aggregated-{engine}.1" for engine in (0, 1)],
+    )
 
-    assert pages == {"aggregated-0.0", "aggregated-1.0", "frontend-0"}
+    assert sorted(pages) == sorted([*leaders, *followers, "frontend-0"])
+    for name in followers:
+        assert httpx.get(f"http://{pages[name]}/health").status_code == 200
+        assert two_engines.metric(name, "process_resident_memory_bytes", role="aggregated") > 0
+        assert "baton_worker_streams" not in httpx.get(f"http://{pages[name]}/metrics").text
+    for name in leaders:
+        assert "baton_worker_streams" in httpx.get(f"http://{pages[name]}/metrics").text

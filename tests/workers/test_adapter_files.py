@@ -139,7 +139,9 @@ def test_a_model_whose_layers_are_unknown_goes_by_its_name(tmp_path: Path) -> No
         pytest.param(None, None, 400, "either path=", id="nothing"),
         pytest.param("/a", "file:///a", 400, "either path=", id="both"),
         pytest.param(None, "s3://bucket/a", 400, "nothing here fetches s3:", id="s3"),
-        pytest.param(None, "hf://org/a", 400, "nothing here fetches hf:", id="hf"),
+        pytest.param(None, "hf://org/a", 404, "hf download org/a --cache-dir", id="not in a cache of the Hub"),
+        pytest.param(None, "hf://org/../../other", 400, "no name of the Hugging Face Hub", id="no name of the Hub"),
+        pytest.param(None, "hf://org/linked", 403, "not in a folder", id="a snapshot that is a link to outside"),
         pytest.param(None, "file://host/a", 400, "another host", id="another host"),
         pytest.param(None, "file://{tmp}/lora/%2e%2e/other/a", 403, "not in a folder", id="dots in disguise"),
     ],
@@ -152,11 +154,34 @@ def test_adapters_come_from_allowed_folders(
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "lora" / "link").symlink_to(tmp_path / "other" / "a")
     (tmp_path / "lora" / "loop").symlink_to(tmp_path / "lora" / "loop")
+    hub_cache(tmp_path / "lora", "org/linked").symlink_to(tmp_path / "other" / "a")
     filled = [text and text.replace("{tmp}", str(tmp_path)) for text in (path, uri)]
     with pytest.raises(OperationError, match=message) as error:
         folder_of(filled[0], filled[1], [str(tmp_path / "lora")])
 
     assert error.value.status == status
+
+
+def hub_cache(folder: Path, repository: str) -> Path:
+    """Where a cache of the Hugging Face Hub in the folder has the snapshot of a repository's main branch."""
+    home = folder / f"models--{repository.replace('/', '--')}"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("0" * 40)
+    (home / "snapshots").mkdir()
+    return home / "snapshots" / ("0" * 40)
+
+
+def test_an_adapter_of_the_hub_is_taken_from_a_cache(tmp_path: Path) -> None:
+    """Of whichever of its names; nothing is fetched."""
+    (tmp_path / "empty").mkdir()
+    snapshot = make_adapter(hub_cache(tmp_path / "hub", "org/poet"))
+    allowed = [str(tmp_path / "empty"), str(tmp_path / "hub")]
+
+    assert folder_of(None, "hf://org/poet", allowed) == snapshot
+    assert folder_of(None, f"hf://org/poet@{'0' * 40}", allowed) == snapshot
+    assert check(snapshot, LIMITS, allowed).rank == 8
+    with pytest.raises(OperationError, match="is in no cache"):
+        folder_of(None, "hf://org/poet@v2", allowed)
 
 
 def test_allowed_folders_may_be_links_and_nothing_is_allowed_by_default(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def main() -> int:
         with contextlib.ExitStack() as around:
             ray = ray_cluster.start_command(where, member, known, ray_cluster.temp_dir())
             if not member.leader:
-                return follow(recipe, role.executor, arguments, ray)
+                return follow(recipe, role.executor, arguments, ray, lambda: show(recipe, member, known[member.rank]))
             if role.executor is Executor.RAY and recipe.engine.backend is Backend.VLLM:
                 at = ray_cluster.address(where, member, known)
                 around.enter_context(ray_cluster.head(ray, at, recipe.engine.ready_timeout_s))
@@ -226,6 +226,12 @@ async def serve(
     page.close()
     context.term()
     return death
+
+
+def show(recipe: Recipe, member: Member, place: Place) -> None:
+    """The page of a member that serves no requests: that it lives, and its process's metrics."""
+    families = Labelled(labels_of(recipe, member), (), process_families())
+    MetricsPage(families, lambda: None, lambda: True).start(place.address, int(place.port(member.ports.metrics)))
 
 
 async def drain(recipe: Recipe, engine: Engine, server: RequestServer) -> None:

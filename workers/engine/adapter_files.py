@@ -56,9 +56,13 @@ def folder_of(path: str | None, uri: str | None, allowed: Sequence[str]) -> Path
         OperationError: 400, it is not named properly or not fetched from there; 403, it is not in an allowed folder.
     """
     if (path is None) == (uri is None):
-        raise OperationError(400, "say where the adapter is with either path=/a/folder or uri=file:///a/folder")
+        raise OperationError(
+            400, "say where the adapter is with either path=/a/folder or uri=file:///a/folder, hf://org/name"
+        )
     if uri is not None:
         parts = urlsplit(uri)
+        if parts.scheme == "hf":
+            return _cached(parts.netloc + parts.path, allowed)
         if parts.scheme != "file":
             raise OperationError(
                 400,
@@ -94,6 +98,34 @@ def check(folder: Path, limits: AdapterLimits, allowed: Sequence[str]) -> Checke
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode() + raw)
     digest.update(f"{weights} {stat.st_size} {stat.st_mtime_ns}".encode())
     return Checked(rank, digest.hexdigest())
+
+
+def _cached(named: str, allowed: Sequence[str]) -> Path:
+    """The snapshot of `org/name` or `org/name@revision` in an allowed folder that is a cache of the Hugging Face Hub.
+
+    Nothing is fetched: compute nodes rarely reach the Hub, and a file that changes there must not change what is served.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:  # vLLM brings it
+        raise OperationError(501, "hf:// addresses need the Python package huggingface_hub") from error
+    repository, _, revision = named.partition("@")
+    for folder in allowed:
+        try:
+            found = snapshot_download(repository, revision=revision or None, cache_dir=folder, local_files_only=True)
+        except LocalEntryNotFoundError:
+            continue
+        except HFValidationError as error:
+            raise OperationError(400, f"hf://{named} is no name of the Hugging Face Hub: {error}") from error
+        snapshot = _resolved(Path(found))
+        _refuse_outside(snapshot, f"hf://{named}", allowed)
+        return snapshot
+    raise OperationError(
+        404,
+        f"hf://{named} is in no cache of the Hugging Face Hub among engine.lora_dirs={list(allowed)}: where there is a "
+        f"network, `hf download {repository} --cache-dir <one of them>`",
+    )
 
 
 def _resolved(path: Path) -> Path:

@@ -11,6 +11,7 @@ import multiprocessing.connection
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from launch.recipe import Backend, Executor, Recipe
@@ -19,7 +20,9 @@ from slurm.children import report
 log = logging.getLogger(__name__)
 
 
-def follow(recipe: Recipe, executor: Executor, arguments: dict[str, Any], join: tuple[str, ...]) -> int:
+def follow(
+    recipe: Recipe, executor: Executor, arguments: dict[str, Any], join: tuple[str, ...], on_up: Callable[[], None]
+) -> int:
     """Take part in the engine until SIGTERM, which returns 0, or until a worker of this node dies, which returns 1.
 
     Args:
@@ -27,20 +30,23 @@ def follow(recipe: Recipe, executor: Executor, arguments: dict[str, Any], join: 
         executor: What runs the engine.
         arguments: vLLM's engine arguments of this node.
         join: With Ray, the command that makes this node one of the engine's cluster.
+        on_up: Called once it is up, when nothing forks this process any more: it may start threads.
     """
     report("loading")
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, _leave_in_order if executor is Executor.RAY else _leave)
     if recipe.engine.backend is Backend.ECHO:
+        on_up()
         return _wait()
     if executor is Executor.RAY:
         from workers.engine import ray_cluster
 
+        on_up()
         return ray_cluster.join(join, recipe.engine.ready_timeout_s)
-    return _compute(arguments)
+    return _compute(arguments, on_up)
 
 
-def _compute(arguments: dict[str, Any]) -> int:
+def _compute(arguments: dict[str, Any], on_up: Callable[[], None]) -> int:
     """What `vllm serve --headless` does for a node above 0 (vLLM 0.32, entrypoints/cli/serve.py).
 
     But for the end: vLLM then waits up to 9 s for workers that cannot leave without node 0's. Here they are left to the
@@ -51,6 +57,7 @@ def _compute(arguments: dict[str, Any]) -> int:
     from workers.engine.configuration import configuration
 
     executor = MultiprocExecutor(configuration(arguments, headless=True), monitor_workers=False)
+    on_up()
     report("ready")
     multiprocessing.connection.wait([worker.proc.sentinel for worker in executor.workers])
     log.error("a worker of this node died")

@@ -48,6 +48,8 @@ class Rendering:
             reasoning_parser=serving.reasoning_parser,
             default_chat_template_kwargs=dict(serving.default_chat_template_kwargs),
         )
+        if llm.model_config.is_multimodal_model:
+            self._online.warmup()  # what the first image would else wait for, and with it the worker's whole loop
 
     async def rendered(self, ask: Ask) -> Ask:
         """The same leg with its prompt, and with the engine's input where that is more than the prompt.

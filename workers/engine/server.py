@@ -200,9 +200,7 @@ class RequestServer:
                 prefilled = wire.Prefilled(
                     key[1], transfer.pack(piece.transfer), expires_at, tokens, piece.cached_tokens
                 )
-                if (
-                    request.source or request.features
-                ):  # what was made here, or by an encoder, goes on to the decode leg
+                if request.source or request.features:  # made here or by an encoder, and the decode leg needs it too
                     prefilled.prompt, prefilled.features = wire.pack(ask.prompt), ask.features
                 self._step(key[0]).prefilled.append(prefilled)
 

@@ -52,7 +52,8 @@ async def completion(service: Service, request: Request, reply: Reply) -> None:
     special = ask.add_special_tokens is not False
     prompts = [await service.prompt(prompt, special) for prompt in texts]
     echoes = [text if isinstance(text, str) else None for text in texts]
-    made = [b"" if prompt else source(prompt=text) for prompt, text in zip(prompts, texts, strict=True)]
+    by_worker = service.local_text is None
+    made = [source(prompt=text) if by_worker and isinstance(text, str) else b"" for text in texts]
     await answer_choices(service, Generation(Shape.COMPLETION, ask, fields, prompts, echoes, made), request, reply)
 
 

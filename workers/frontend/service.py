@@ -139,6 +139,8 @@ class Service:
     async def conversation(self, ask: ChatRequest, size: int) -> tuple[bytes, bytes]:
         """The packed ids of a chat of about `size` bytes, or what a worker makes them of; the other is empty."""
         text = self.local_text
+        if not ask.messages:
+            raise ApiError(400, "messages must not be empty", param="messages")
         if text is None or (self.tokenize is Tokenize.AUTO and has_media(ask.messages)):
             return b"", source(messages=ask.messages)
         prompt = await self.tokenized(
