@@ -93,7 +93,8 @@ def megabytes() -> float:
 
 def fill(index: BlockIndex | ArrayIndex, blocks: int) -> tuple[float, float, list[list[int]]]:
     """Fill an index; returns its memory in MB, seconds of CPU for each block, and some of the prompts."""
-    before, spent, kept = megabytes(), 0.0, []
+    before, spent = megabytes(), 0.0
+    kept: list[list[int]] = []
     for holder, names in Chains(blocks):
         if len(kept) < 2000 and holder == 0:
             kept.append(names)
