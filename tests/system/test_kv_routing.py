@@ -1,6 +1,6 @@
 """Real engines and what they cache: who gets a prompt, and what the frontend knows after losses.
 
-Two aggregated workers share one deployment; a disaggregated one has two prefill workers.
+Two aggregated workers share one deployment; of the nightly ones one has two prefill workers, the other two data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -116,3 +116,50 @@ def _same(running: Deployment, blocks: float) -> bool:
         return kv(running, "blocks", tier="device") == blocks and health(running) == {"status": "ready"}
     except httpx.TransportError:
         return False
+
+
+@pytest.mark.engine
+@pytest.mark.nightly
+@pytest.mark.timeout(400)
+def test_prefills_go_where_their_prompts_are_cached(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The prefill worker that had the beginning is asked again; what decode caches for the most part it computes itself."""
+    with deployed(
+        tmp_path_factory.mktemp("split"),
+        "+recipe=tiny_2p2d",
+        f"model.path=tiny:{tiny_model}",
+        "roles.decode.replicas=1",
+        "frontend.local_prefill=short",
+        "frontend.local_prefill_short_tokens=64",
+        name="kvsplit",
+        ready_s=360,
+    ) as running:
+        assert health(running) == {"status": "ready"}
+        assert ask(running, LONG) == 0
+        until(lambda: kv(running, "blocks", tier="device") >= 31, 5)
+        for number in range(3):
+            assert ask(running, [*LONG, *range(200 + number, 300 + number)]) == 992
+        assert running.metric("frontend-0", "baton_frontend_local_prefills_total", reason="cached") == 0
+        assert ask(running, LONG) == 992
+        assert running.metric("frontend-0", "baton_frontend_local_prefills_total", reason="cached") == 1
+
+
+@pytest.mark.engine
+@pytest.mark.nightly
+@pytest.mark.timeout(400)
+def test_ranks_are_chosen_by_what_each_caches(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A prompt that one rank was made to compute is sent to that rank, whichever it is."""
+    with deployed(
+        tmp_path_factory.mktemp("ranks"),
+        "+recipe=tiny_dp2",
+        f"model.path=tiny:{tiny_model}",
+        name="kvranks",
+        ready_s=360,
+    ) as running:
+        for rank in (0, 1):
+            prompt = [100 + (number * (rank + 2)) % 1900 for number in range(500)]
+            assert ask(running, prompt, headers={"x-data-parallel-rank": str(rank)}) == 0
+            before = kv(running, "requests_total", dp_rank=str(rank))
+            until(lambda: kv(running, "blocks", tier="device") >= 15, 5)
+            until(lambda prompt=prompt: ask(running, prompt) == 480, 5)  # type: ignore[misc]
+            assert [ask(running, prompt) for _ in range(3)] == [480] * 3
+            assert kv(running, "requests_total", dp_rank=str(rank)) - before >= 4

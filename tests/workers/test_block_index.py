@@ -164,3 +164,22 @@ def test_a_picture_changes_the_blocks_it_is_in_and_all_after() -> None:
 def test_names_travel_unchanged(names: list[int]) -> None:
     """As packed numbers."""
     assert unpack_names(pack_names(names)) == names
+
+
+def test_who_leaves_during_a_sweep_is_swept_by_the_next() -> None:
+    """Its number is not given away before."""
+    index = BlockIndex(shards=4)
+    first, second = index.join(), index.join()
+    index.stored(first, range(8))
+    index.stored(second, range(8))
+    index.leave(first)
+    sweep = index.sweep()
+    next(sweep)
+    index.leave(second)
+    list(sweep)
+    assert index.littered
+    assert index.join() == first
+    list(index.sweep())
+
+    assert len(index) == 0
+    assert index.join() == second

@@ -25,8 +25,9 @@ from workers.engine.chat import Chat
 from workers.engine.reader import Reader
 from workers.runtime.wire import Shape
 
-# Made by our own workers only: from a client they would end the engine, or bring another prompt's tokens (vLLM 0.32).
-FORBIDDEN = ("kv_transfer_params", "ec_transfer_params")
+# Made by our own workers only: from a client they would end the engine, or bring another prompt's tokens (vLLM 0.32); the
+# last tells of cached blocks again, which routers would count twice and keep for ever.
+FORBIDDEN = ("kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode")
 PLACEHOLDER = [{"role": "user", "content": ""}]
 _json = msgspec.json.Encoder().encode
 
