@@ -13,6 +13,7 @@ import pytest
 from tests.deployments import Deployment, deployed
 from tests.parity import CASES, UNARY_CASES, answer
 from tests.reference import plain_vllm
+from tests.shapes import SHAPE_CASES, shaped_answer
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -31,7 +32,10 @@ def expected(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         plain_vllm(tiny_model, folder, **PARSERS, enable_auto_tool_choice="") as base,
         httpx.Client(timeout=120) as http,
     ):
-        return {key: answer(http, base, case, key[1]) for key, case in ALL.items()}
+        found = {key: answer(http, base, case, key[1]) for key, case in ALL.items()}
+        for name, case in SHAPE_CASES.items():
+            found |= {(name, stream): shaped_answer(http, base, case, stream) for stream in (False, True)}
+        return found
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -61,6 +65,19 @@ def test_it_answers_what_plain_vllm_answers(
     """Text, reasons, usage, logprobs, tool calls: all but ids and times; and what vLLM refuses is refused."""
     case = CASES[name]
     found = answer(deployment.http, deployment.endpoint.url.removesuffix("/v1"), case, stream)
+
+    assert expected[name, stream][0] == case.status
+    assert found == expected[name, stream]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["unary", "streamed"])
+@pytest.mark.parametrize("name", SHAPE_CASES)
+def test_responses_and_messages_are_plain_vllms(
+    deployment: Deployment, expected: dict[tuple[str, bool], tuple[int, Any]], name: str, stream: bool
+) -> None:
+    """Items, blocks, events in their order, stop reasons, usage; and what vLLM refuses is refused."""
+    case = SHAPE_CASES[name]
+    found = shaped_answer(deployment.http, deployment.endpoint.url.removesuffix("/v1"), case, stream)
 
     assert expected[name, stream][0] == case.status
     assert found == expected[name, stream]

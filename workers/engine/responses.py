@@ -124,12 +124,14 @@ class Response:
         return self._blocks.name(block, {Kind.CALL: "fc", Kind.REASONING: "rs", Kind.TEXT: "msg"}[block.kind])
 
     def _item(self, block: Block, status: str, begun: bool = False) -> dict[str, Any]:
-        common = {"id": self._name(block), "status": status}
+        common: dict[str, Any] = {"id": self._name(block), "status": status}
         if block.kind is Kind.CALL:
             call = {"call_id": block.call_id, "name": block.name, "arguments": "" if begun else block.text}
             return {"type": "function_call", **common, **call}
         content = [] if begun else [_part(block)]
         if block.kind is Kind.REASONING:
+            if not self._render.stream:
+                common["status"] = None  # as vLLM's server: only a stream's reasoning has one
             return {"type": "reasoning", **common, "summary": [], **({} if begun else {"content": content})}
         return {"type": "message", **common, "role": "assistant", "content": content}
 
@@ -149,7 +151,7 @@ class Response:
             "input_tokens": self._prompt_tokens,
             "input_tokens_details": {"cached_tokens": min(cached, self._prompt_tokens), "cache_write_tokens": 0},
             "output_tokens": self._tokens,
-            "output_tokens_details": {"reasoning_tokens": max(0, piece.reasoning_tokens)},
+            "output_tokens_details": {"reasoning_tokens": max(0, piece.reasoning_tokens), "tool_output_tokens": 0},
             "total_tokens": self._prompt_tokens + self._tokens,
         }
         status = {"status": "incomplete" if cut else "completed"}

@@ -129,7 +129,8 @@ class Text:
 def _call(call: Any, where: str) -> dict[str, Any]:
     """A tool call of the conversation with its arguments as templates want them: an object, not its JSON.
 
-    Members are in the order of vLLM's request classes, for templates write them out as they come.
+    Members are in the order of vLLM's request classes, for templates write them out as they come. Calls whose arguments
+    are an object already come from another API, where vLLM leaves them in their own order.
     """
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
@@ -141,6 +142,8 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         except ValueError:
             arguments = {}
     told = {"arguments": arguments if isinstance(arguments, dict) else {}, "name": function.get("name")}
+    if isinstance(function.get("arguments"), dict):
+        told = {name: function.get(name) for name in ("name", "arguments")}
     return {"id": call.get("id"), "function": told, "type": call.get("type", "function")}
 
 
