@@ -200,10 +200,20 @@ def shaped_answer(http: httpx.Client, base: str, case: Case, stream: bool) -> tu
         return answered.status_code, None
     if not stream:
         return 200, _plain(answered.json())
-    events = [json.loads(line[6:]) for line in answered.text.splitlines() if line.startswith("data: {")]
-    if events and "error" in events[0] and events[0].get("error"):
+    events = events_of(answered.text)
+    if events and events[0].get("error"):
         return int(events[0]["error"].get("code", 400)), None
-    return 200, _joined([_plain(event) for event in events])
+    return 200, joined_events(events)
+
+
+def events_of(stream: str) -> list[dict[str, Any]]:
+    """The content of each event."""
+    return [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
+
+
+def joined_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A stream's events without what may differ, deltas that follow each other joined."""
+    return _joined([_plain(event) for event in events])
 
 
 def _joined(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

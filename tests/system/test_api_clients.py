@@ -29,7 +29,7 @@ def claude(echo: Deployment) -> Iterator[anthropic.Anthropic]:
 
 def test_a_response_says_what_it_is(echo: Deployment) -> None:
     """Its text, why it ended, what it cost."""
-    answer = echo.client.responses.create(**ASKED, instructions="Be brief.", metadata={"a": "b"})
+    answer = client_of(echo).responses.create(**ASKED, instructions="Be brief.", metadata={"a": "b"})
     assert answer.usage
 
     assert len(answer.output_text) > 5
@@ -43,7 +43,7 @@ def test_a_response_says_what_it_is(echo: Deployment) -> None:
 
 def test_a_responses_stream_adds_up_to_the_response(echo: Deployment) -> None:
     """Events numbered without a gap; the deltas join to the text that the last one has."""
-    with echo.client.responses.stream(**ASKED) as stream:
+    with client_of(echo).responses.stream(**ASKED) as stream:
         events = list(stream)
         final = stream.get_final_response()
     deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
@@ -51,13 +51,13 @@ def test_a_responses_stream_adds_up_to_the_response(echo: Deployment) -> None:
     assert [event.sequence_number for event in events] == list(range(len(events)))
     assert [event.type for event in events[:2]] == ["response.created", "response.in_progress"]
     assert events[-1].type == "response.completed"
-    assert "".join(deltas) == final.output_text == echo.client.responses.create(**ASKED).output_text
+    assert "".join(deltas) == final.output_text == client_of(echo).responses.create(**ASKED).output_text
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["unary", "streamed"])
 def test_a_response_goes_on_from_an_earlier_one(echo: Deployment, stream: bool) -> None:
     """Its prompt is the conversation so far, without the earlier instructions; and what is forgotten is not there."""
-    first = echo.client.responses.create(**ASKED, instructions="Talk at length, and of many things.", stream=stream)
+    first = client_of(echo).responses.create(**ASKED, instructions="Talk at length, and of many things.", stream=stream)
     first = list(first)[-1].response if stream else first
     more: dict[str, Any] = {"model": "tiny", "input": "And then?", "previous_response_id": first.id}
     whole: list[Any] = [
@@ -65,28 +65,28 @@ def test_a_response_goes_on_from_an_earlier_one(echo: Deployment, stream: bool) 
         {"role": "assistant", "content": first.output_text},
         {"role": "user", "content": "And then?"},
     ]
-    counted = echo.client.responses.input_tokens.count(**more).input_tokens
-    kept = echo.client.responses.retrieve(first.id)
-    items = echo.client.responses.input_items.list(first.id).data
+    counted = client_of(echo).responses.input_tokens.count(**more).input_tokens
+    kept = client_of(echo).responses.retrieve(first.id)
+    items = client_of(echo).responses.input_items.list(first.id).data
 
-    assert counted == echo.client.responses.input_tokens.count(model="tiny", input=whole).input_tokens
+    assert counted == client_of(echo).responses.input_tokens.count(model="tiny", input=whole).input_tokens
     assert kept.output == first.output
     assert [getattr(item, "content", None) for item in items] == ["Hello there"]
-    echo.client.responses.delete(first.id)
+    client_of(echo).responses.delete(first.id)
     with pytest.raises(openai.NotFoundError):
-        echo.client.responses.retrieve(first.id)
+        client_of(echo).responses.retrieve(first.id)
     with pytest.raises(openai.NotFoundError):
-        echo.client.responses.create(**more)
+        client_of(echo).responses.create(**more)
 
 
 def test_a_response_that_is_not_to_be_stored_is_not(echo: Deployment) -> None:
     """Nor is one in the background."""
-    answer = echo.client.responses.create(**ASKED, store=False)
+    answer = client_of(echo).responses.create(**ASKED, store=False)
 
     with pytest.raises(openai.NotFoundError):
-        echo.client.responses.retrieve(answer.id)
+        client_of(echo).responses.retrieve(answer.id)
     with pytest.raises(openai.BadRequestError, match="background is not supported"):
-        echo.client.responses.create(**ASKED, background=True)
+        client_of(echo).responses.create(**ASKED, background=True)
 
 
 def test_a_message_says_what_it_is(claude: anthropic.Anthropic) -> None:
@@ -128,12 +128,12 @@ def test_anthropics_errors_have_anthropics_shape(claude: anthropic.Anthropic, ec
 
 def test_models_are_listed_for_both(echo: Deployment, claude: anthropic.Anthropic) -> None:
     """Each in its own shape."""
-    assert [model.id for model in echo.client.models.list()] == ["tiny"]
-    assert echo.client.models.retrieve("tiny").owned_by == "baton"
+    assert [model.id for model in client_of(echo).models.list()] == ["tiny"]
+    assert client_of(echo).models.retrieve("tiny").owned_by == "baton"
     assert [model.display_name for model in claude.models.list()] == ["tiny"]
     assert claude.models.retrieve("tiny").type == "model"
     with pytest.raises(openai.NotFoundError):
-        echo.client.models.retrieve("none")
+        client_of(echo).models.retrieve("none")
 
 
 def test_a_files_requests_are_answered_as_a_batch(echo: Deployment) -> None:
@@ -148,7 +148,7 @@ def test_a_files_requests_are_answered_as_a_batch(echo: Deployment) -> None:
     assert batch.error_file_id
     answers = lines(echo, batch.output_file_id)
     failed = lines(echo, batch.error_file_id)
-    alone = echo.client.chat.completions.create(**bodies[3])
+    alone = client_of(echo).chat.completions.create(**bodies[3])
     found = {line["custom_id"]: line["response"]["body"]["choices"][0]["message"]["content"] for line in answers}
     private = [path for name in ("files", "batches") for path in (echo.run.path / name).rglob("*")]
 
@@ -158,7 +158,7 @@ def test_a_files_requests_are_answered_as_a_batch(echo: Deployment) -> None:
     assert found["r3"] == alone.choices[0].message.content
     assert [(line["custom_id"], line["response"]["status_code"]) for line in failed] == [("r7", 400)]
     assert {stat.S_IMODE(path.stat().st_mode) & 0o077 for path in private} == {0}
-    assert batch.id in [item.id for item in echo.client.batches.list()]
+    assert batch.id in [item.id for item in client_of(echo).batches.list()]
 
 
 @pytest.mark.parametrize(
@@ -183,8 +183,8 @@ def test_a_files_requests_are_answered_as_a_batch(echo: Deployment) -> None:
 )
 def test_a_batch_that_cannot_be_run_says_why(echo: Deployment, content: bytes, message: str) -> None:
     """And none of its requests is answered."""
-    file = echo.client.files.create(file=("in.jsonl", content), purpose="batch")
-    batch = ended(echo, echo.client.batches.create(**of(file.id)))
+    file = client_of(echo).files.create(file=("in.jsonl", content), purpose="batch")
+    batch = ended(echo, client_of(echo).batches.create(**of(file.id)))
     assert batch.errors
     assert batch.errors.data
 
@@ -196,20 +196,25 @@ def test_a_batch_that_cannot_be_run_says_why(echo: Deployment, content: bytes, m
 def test_files_come_and_go(echo: Deployment) -> None:
     """Listed in pages, read back as they were, deleted; not for any purpose, not by any name."""
     content = bytes(range(256)) * 10 + b"\r\n--boundary\r\n\r\n"
-    made = [echo.client.files.create(file=(f"{name}.bin", content), purpose="batch") for name in "abc"]
-    names = [file.id for file in echo.client.files.list(limit=2, purpose="batch")]
+    made = [client_of(echo).files.create(file=(f"{name}.bin", content), purpose="batch") for name in "abc"]
+    names = [file.id for file in client_of(echo).files.list(limit=2, purpose="batch")]
 
     assert {file.id for file in made} <= set(names)
-    assert echo.client.files.content(made[0].id).content == content
-    assert echo.client.files.retrieve(made[1].id).filename == "b.bin"
+    assert client_of(echo).files.content(made[0].id).content == content
+    assert client_of(echo).files.retrieve(made[1].id).filename == "b.bin"
     for file in made:
-        assert echo.client.files.delete(file.id).deleted
+        assert client_of(echo).files.delete(file.id).deleted
         with pytest.raises(openai.NotFoundError):
-            echo.client.files.retrieve(file.id)
+            client_of(echo).files.retrieve(file.id)
     with pytest.raises(openai.BadRequestError, match="purpose is 'batch'"):
-        echo.client.files.create(file=("x", b"x"), purpose="fine-tune")
+        client_of(echo).files.create(file=("x", b"x"), purpose="fine-tune")
     for name in ("..", "file-x", "../api_key"):
         assert echo.http.get(f"{echo.endpoint.url}/files/{name}/content").status_code == 404
+
+
+def client_of(deployment: Deployment) -> Any:
+    """OpenAI's client; what it returns has more types than are told apart here."""
+    return deployment.client
 
 
 def of(file_id: str) -> Any:
@@ -224,8 +229,8 @@ def run_batch(deployment: Deployment, bodies: list[dict[str, Any]]) -> Any:
         for number, body in enumerate(bodies)
     )
     content = "\n".join(map(json.dumps, asked)).encode()
-    file = deployment.client.files.create(file=("in.jsonl", content), purpose="batch")
-    return ended(deployment, deployment.client.batches.create(**of(file.id)))
+    file = client_of(deployment).files.create(file=("in.jsonl", content), purpose="batch")
+    return ended(deployment, client_of(deployment).batches.create(**of(file.id)))
 
 
 def ended(deployment: Deployment, batch: Any) -> Any:
@@ -234,10 +239,10 @@ def ended(deployment: Deployment, batch: Any) -> Any:
     while batch.status not in ("completed", "failed", "cancelled", "expired"):
         assert time.monotonic() - asked < 30, batch
         time.sleep(0.1)
-        batch = deployment.client.batches.retrieve(batch.id)
+        batch = client_of(deployment).batches.retrieve(batch.id)
     return batch
 
 
 def lines(deployment: Deployment, file_id: str) -> list[dict[str, Any]]:
     """The lines of a file."""
-    return [json.loads(line) for line in deployment.client.files.content(file_id).text.splitlines()]
+    return [json.loads(line) for line in client_of(deployment).files.content(file_id).text.splitlines()]

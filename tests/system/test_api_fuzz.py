@@ -27,7 +27,7 @@ def operations(echo: Deployment) -> Iterator[tuple[list[Any], requests.Session, 
     """All operations of the document, a session with the key, and the base URL."""
     base = echo.endpoint.url.removesuffix("/v1")
     schema = schemathesis.openapi.from_dict(echo.http.get(f"{base}/openapi.json").json())
-    found = [result.ok() for result in schema.get_all_operations()]
+    found: list[Any] = [result.ok() for result in schema.get_all_operations()]  # type: ignore[union-attr]
     with requests.Session() as session:
         session.headers["Authorization"] = f"Bearer {echo.run.api_key()}"
         yield found, session, base
@@ -43,7 +43,7 @@ def test_every_operation_is_in_the_document(operations: tuple[list[Any], request
 
 def test_nothing_that_is_sent_is_the_servers_fault(operations: tuple[list[Any], requests.Session, str]) -> None:
     """What fits the document, and what does not."""
-    fuzz(operations, examples=6)
+    fuzz(operations, examples=4)
 
 
 @pytest.mark.nightly

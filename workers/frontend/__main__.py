@@ -111,7 +111,9 @@ async def serve(
         version=lambda: next((link.card.version for link in links), ""),
     )
     serving = serving_options(recipe, recipe.roles[-1])
-    text = Text(Path(recipe.model.path), serving.chat_template, serving.default_chat_template_kwargs)
+    text = Text(
+        Path(recipe.model.path), serving.chat_template, serving.default_chat_template_kwargs, lambda: context_of(links)
+    )
     drawer = Drawer(folder / "files", recipe.frontend.files_max_bytes)
     batches = Batches(
         folder / "batches",
