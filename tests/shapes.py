@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from tests.parity import CALLED, SCHEMA, Case, structured
+from tests.parity import CALLED, SCHEMA, TOOLS, Case, structured
 
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 FUNCTION = {
@@ -184,6 +184,22 @@ MESSAGE_CASES: dict[str, Case] = {
     "unknown block": message([{"type": "nonsense"}], status=400),
     "unknown model": message(model="none", status=404),
     "tool without a name": message(tools=[TOOL], tool_choice={"type": "tool"}, status=400),
+}
+_SAID = [{"role": "user", "content": "The café 日本"}, {"role": "assistant", "content": "Once"}]
+TOKEN_CASES: dict[str, Case] = {
+    "text": Case("/tokenize", {"model": "tiny", "prompt": "The café 日本", "return_token_strs": True}),
+    "text alone": Case("/tokenize", {"prompt": "The sea", "add_special_tokens": False}),
+    "chat": Case("/tokenize", {"model": "tiny", "messages": _SAID, "return_token_strs": True}),
+    "chat with tools": Case("/tokenize", {"model": "tiny", "messages": _SAID[:1], "tools": TOOLS}),
+    "chat that goes on": Case(
+        "/tokenize", {"messages": _SAID, "add_generation_prompt": False, "continue_final_message": True}
+    ),
+    "both ways to go on": Case("/tokenize", {"messages": _SAID, "continue_final_message": True}, 400),
+    "nothing": Case("/tokenize", {"model": "tiny"}, 400),
+    "unknown model": Case("/tokenize", {"model": "none", "prompt": "x"}, 404),
+    "ids": Case("/detokenize", {"model": "tiny", "tokens": [1, 47, 570, 86, 2, 390]}),
+    "no ids": Case("/detokenize", {"tokens": []}),
+    "a negative id": Case("/detokenize", {"tokens": [-1]}, 400),
 }
 SHAPE_CASES = {f"response: {name}": case for name, case in RESPONSE_CASES.items()} | {
     f"message: {name}": case for name, case in MESSAGE_CASES.items()
