@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from tests.parity import CALLED, SCHEMA, Case, structured
+from tests.parity import CALLED, SCHEMA, TOOLS, Case, structured
 
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 FUNCTION = {
@@ -62,6 +62,16 @@ RESPONSE_CASES: dict[str, Case] = {
             {"type": "function_call_output", "call_id": "call_1", "output": "sunny"},
             {"role": "user", "content": "And now?"},
         ]
+    ),
+    "items and tools": response(
+        [
+            {"role": "user", "content": "Weather?"},
+            TOLD,
+            {**TOLD, "call_id": "call_2", "arguments": "[1]"},
+            {"type": "function_call_output", "call_id": "call_1", "output": "sunny"},
+        ],
+        tools=[FUNCTION],
+        tool_choice="none",
     ),
     "the assistant's own": response(
         [
@@ -175,6 +185,22 @@ MESSAGE_CASES: dict[str, Case] = {
     "unknown model": message(model="none", status=404),
     "tool without a name": message(tools=[TOOL], tool_choice={"type": "tool"}, status=400),
 }
+_SAID = [{"role": "user", "content": "The café 日本"}, {"role": "assistant", "content": "Once"}]
+TOKEN_CASES: dict[str, Case] = {
+    "text": Case("/tokenize", {"model": "tiny", "prompt": "The café 日本", "return_token_strs": True}),
+    "text alone": Case("/tokenize", {"prompt": "The sea", "add_special_tokens": False}),
+    "chat": Case("/tokenize", {"model": "tiny", "messages": _SAID, "return_token_strs": True}),
+    "chat with tools": Case("/tokenize", {"model": "tiny", "messages": _SAID[:1], "tools": TOOLS}),
+    "chat that goes on": Case(
+        "/tokenize", {"messages": _SAID, "add_generation_prompt": False, "continue_final_message": True}
+    ),
+    "both ways to go on": Case("/tokenize", {"messages": _SAID, "continue_final_message": True}, 400),
+    "nothing": Case("/tokenize", {"model": "tiny"}, 400),
+    "unknown model": Case("/tokenize", {"model": "none", "prompt": "x"}, 404),
+    "ids": Case("/detokenize", {"model": "tiny", "tokens": [1, 47, 570, 86, 2, 390]}),
+    "no ids": Case("/detokenize", {"tokens": []}),
+    "a negative id": Case("/detokenize", {"tokens": [-1]}, 400),
+}
 SHAPE_CASES = {f"response: {name}": case for name, case in RESPONSE_CASES.items()} | {
     f"message: {name}": case for name, case in MESSAGE_CASES.items()
 }
@@ -190,10 +216,20 @@ def shaped_answer(http: httpx.Client, base: str, case: Case, stream: bool) -> tu
         return answered.status_code, None
     if not stream:
         return 200, _plain(answered.json())
-    events = [json.loads(line[6:]) for line in answered.text.splitlines() if line.startswith("data: {")]
-    if events and "error" in events[0] and events[0].get("error"):
+    events = events_of(answered.text)
+    if events and events[0].get("error"):
         return int(events[0]["error"].get("code", 400)), None
-    return 200, _joined([_plain(event) for event in events])
+    return 200, joined_events(events)
+
+
+def events_of(stream: str) -> list[dict[str, Any]]:
+    """The content of each event."""
+    return [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
+
+
+def joined_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A stream's events without what may differ, deltas that follow each other joined."""
+    return _joined([_plain(event) for event in events])
 
 
 def _joined(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

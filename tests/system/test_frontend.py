@@ -187,6 +187,16 @@ def test_what_is_not_http_is_answered_and_closed(raw: Any) -> None:
     assert raw(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n").startswith(b"HTTP/1.1 413 ")
 
 
+def test_half_a_request_leaves_nothing_behind(echo: Deployment, raw: Any) -> None:
+    """Whoever hangs up in its midst was never answered, nor counted; others are."""
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+    halves = [raw(part, wait_s=0.1) for part in (head[:20], head, head + b'{"model": "tiny"')]
+
+    assert halves == [b"", b"", b""]
+    assert echo.metric("frontend-0", "baton_frontend_active_requests") == 1  # the page's own
+    assert echo.http.post(f"{echo.endpoint.url}/chat/completions", json=CHAT).status_code == 200
+
+
 def test_a_head_request_gets_a_head_only(raw: Any) -> None:
     """A body would be read as the next answer."""
     got = raw(b"HEAD /live HTTP/1.1\r\nHost: x\r\n\r\nGET /live HTTP/1.1\r\nHost: x\r\n\r\n")

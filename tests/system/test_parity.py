@@ -13,6 +13,7 @@ import pytest
 from tests.deployments import Deployment, deployed
 from tests.parity import CASES, UNARY_CASES, answer
 from tests.reference import plain_vllm
+from tests.shapes import SHAPE_CASES, TOKEN_CASES, shaped_answer
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -31,7 +32,13 @@ def expected(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         plain_vllm(tiny_model, folder, **PARSERS, enable_auto_tool_choice="") as base,
         httpx.Client(timeout=120) as http,
     ):
-        return {key: answer(http, base, case, key[1]) for key, case in ALL.items()}
+        found = {key: answer(http, base, case, key[1]) for key, case in ALL.items()}
+        for name, case in SHAPE_CASES.items():
+            found |= {(name, stream): shaped_answer(http, base, case, stream) for stream in (False, True)}
+        found |= {
+            (f"tokens: {name}", False): shaped_answer(http, base, case, False) for name, case in TOKEN_CASES.items()
+        }
+        return found
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -64,6 +71,31 @@ def test_it_answers_what_plain_vllm_answers(
 
     assert expected[name, stream][0] == case.status
     assert found == expected[name, stream]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["unary", "streamed"])
+@pytest.mark.parametrize("name", SHAPE_CASES)
+def test_responses_and_messages_are_plain_vllms(
+    deployment: Deployment, expected: dict[tuple[str, bool], tuple[int, Any]], name: str, stream: bool
+) -> None:
+    """Items, blocks, events in their order, stop reasons, usage; and what vLLM refuses is refused."""
+    case = SHAPE_CASES[name]
+    found = shaped_answer(deployment.http, deployment.endpoint.url.removesuffix("/v1"), case, stream)
+
+    assert expected[name, stream][0] == case.status
+    assert found == expected[name, stream]
+
+
+@pytest.mark.parametrize("name", TOKEN_CASES)
+def test_texts_and_tokens_are_plain_vllms(
+    deployment: Deployment, expected: dict[tuple[str, bool], tuple[int, Any]], name: str
+) -> None:
+    """Ids, their strings, and counts; and the way back."""
+    case = TOKEN_CASES[name]
+    found = shaped_answer(deployment.http, deployment.endpoint.url.removesuffix("/v1"), case, False)
+
+    assert expected[f"tokens: {name}", False][0] == case.status
+    assert found == expected[f"tokens: {name}", False]
 
 
 @pytest.mark.parametrize("name", UNARY_CASES)

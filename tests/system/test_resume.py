@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from launch.recipe import Kind
 from tests.deployments import Deployment, deployed
 from tests.parity import CALLED, CHAT, SCHEMA, TOOLS, Case, chat, completion, joined, structured
+from tests.shapes import events_of, joined_events
 from workers.frontend.exchange import Answered, Pool, Question, Relay, answer
 from workers.frontend.links import Links
 from workers.frontend.openai import options
@@ -98,6 +101,38 @@ async def test_an_answer_goes_on_as_if_it_had_not_been_cut(
 
         assert client_sees(said + rest.data + end.data, stream) == expected, cut
         assert counted(end) == counted(last)
+
+
+@pytest.mark.parametrize("name", ["chat", "tool call"])
+@pytest.mark.parametrize("shape", [wire.Shape.MESSAGE, wire.Shape.RESPONSE], ids=str)
+async def test_messages_and_responses_go_on_as_if_they_had_not_been_cut(
+    pool: Pool, tiny_model: Path, shape: wire.Shape, name: str
+) -> None:
+    """Blocks have the same names, what was said before is in the last event, and numbers go on rising."""
+    chat = asked(CASES[name], Text(tiny_model), True)
+    question = replace(chat, render=msgspec.structs.replace(chat.render, shape=shape, head=f'{{"id":"{shape}-{name}",'))
+    whole = Recorder()
+    last = await answer(pool, question, whole.write, relay=whole)
+    tokens = last.completion_tokens
+    expected = events_of((whole.data + last.data).decode())
+
+    for cut in sorted({1, 2, tokens // 3, tokens // 2, tokens - 1} & set(range(1, tokens))):
+        ids, said = whole.after(cut)
+        rest = Recorder(ids)
+        end = await answer(pool, question, rest.write, relay=rest)
+        found = events_of((said + rest.data + end.data).decode())
+        numbers = [event["sequence_number"] for event in found if "sequence_number" in event]
+
+        assert joined_events(found) == joined_events(expected), cut
+        assert named(found) == named(expected)
+        assert numbers == sorted(set(numbers))
+        assert counted(end) == counted(last)
+
+
+def named(events: list[dict[str, Any]]) -> set[str]:
+    """The names of blocks and calls in a stream."""
+    items = [event.get("item", event) for event in events]
+    return {str(item[key]) for item in items for key in ("id", "item_id", "call_id") if item.get(key)}
 
 
 class Recorder(Relay):

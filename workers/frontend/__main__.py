@@ -174,7 +174,7 @@ async def serve(
     model, arguments = Path(recipe.model.path), merged(recipe, recipe.roles[-1])
     text = None
     if not worker_tokenizes(recipe.engine.tokenize, model, arguments):
-        text = Text(model, serving.chat_template, serving.default_chat_template_kwargs)
+        text = Text(model, serving.chat_template, serving.default_chat_template_kwargs, lambda: context_of(links))
     drawer = Drawer(folder / "files", recipe.frontend.files_max_bytes)
     batches = Batches(
         folder / "batches",

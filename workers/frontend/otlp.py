@@ -15,7 +15,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from workers.frontend.http import Request
 from workers.frontend.trace import Span, Tracer
 
-CLOSE_MS = 2000
+DELAY_MS, CLOSE_MS = 1000, 2000
 
 
 class OtlpTracer(Tracer):
@@ -30,7 +30,9 @@ class OtlpTracer(Tracer):
     def __init__(self, endpoint: str, service: str, member: str) -> None:
         resource = Resource.create({"service.name": service, "service.instance.id": member})
         self._provider = TracerProvider(resource=resource)
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        self._provider.add_span_processor(
+            BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint), schedule_delay_millis=DELAY_MS)
+        )
         self._tracer = self._provider.get_tracer("baton.frontend")
         self._context = TraceContextTextMapPropagator()
 

@@ -118,7 +118,7 @@ class Responses:
         generation.check(context)
         room = context - len(generation.prompts[0]) // 4
         head = _head(ask, generation, min(ask.max_output_tokens or room, room))
-        keep = self._keeper(generation, read, ask) if ask.store is not False and self._store.keeps else None
+        keep = self._keeper(generation, chat["messages"], ask) if ask.store is not False and self._store.keeps else None
         await answer_whole(self._service, generation, head, request, reply, error_event, keep)
 
     async def count(self, request: Request, reply: Reply) -> None:
@@ -182,7 +182,9 @@ class Responses:
             chat["max_tokens"] = ask.max_output_tokens
             if ask.tells_logprobs:
                 chat |= {"logprobs": True, "top_logprobs": ask.top_logprobs or 0}
-        return chat_from(chat)
+        read, chat = chat_from(chat)
+        read.messages = [_for_template(message) for message in read.messages]
+        return read, chat
 
     def _earlier(self, name: str | None) -> list[dict[str, Any]]:
         """The conversation that a request goes on from."""
@@ -198,11 +200,13 @@ class Responses:
             raise _unknown(name)
         return stored
 
-    def _keeper(self, generation: Generation, read: ChatRequest, ask: ResponseRequest) -> Callable[[bytes], None]:
+    def _keeper(
+        self, generation: Generation, messages: list[dict[str, Any]], ask: ResponseRequest
+    ) -> Callable[[bytes], None]:
         given = ask.input
         items = [{"type": "message", "role": "user", "content": given}] if isinstance(given, str) else given
         # Instructions do not carry over from one response to the next.
-        said = [message for message in read.messages if message.get("role") != "system"]
+        said = [message for message in messages if message.get("role") != "system"]
 
         def keep(response: bytes) -> None:
             self._store.put(generation.id, Stored(response=msgspec.Raw(response), input=items, messages=said))
@@ -242,8 +246,7 @@ def _message(item: Any, where: str) -> dict[str, Any]:
         raise ApiError(400, f"{where} is no object", "input")
     kind = item.get("type", "message")
     if kind == "function_call":
-        arguments = object_of(_text(item, "arguments", where))
-        function = {"name": _text(item, "name", where), "arguments": arguments}
+        function = {"name": _text(item, "name", where), "arguments": _text(item, "arguments", where)}
         call = {"id": _text(item, "call_id", where), "type": "function", "function": function}
         return {"role": "assistant", "tool_calls": [call]}
     if kind == "function_call_output":
@@ -274,7 +277,18 @@ def _join(before: dict[str, Any], message: dict[str, Any]) -> bool:
     return True
 
 
-def object_of(text: str) -> dict[str, Any]:
+def _for_template(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its calls' arguments as objects (`text._call` says why)."""
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "arguments": _object(call["function"]["arguments"])}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
+
+
+def _object(text: str) -> dict[str, Any]:
     """The object that is written in a text; an empty one where that is something else, as in vLLM's server."""
     try:
         return msgspec.json.decode(text or "{}", type=dict[str, Any])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,19 @@ class Text:
     """Tokenizer and chat template of one model."""
 
     def __init__(
-        self, folder: Path, chat_template: str | None = None, variables: Mapping[str, Any] | None = None
+        self,
+        folder: Path,
+        chat_template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        context: Callable[[], int] = lambda: 0,
     ) -> None:
+        """`context` is the context length of the model now, 0 while nobody knows it."""
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_truncation()  # as transformers does; a tokenizer.json may bring limits from its training
         self._tokenizer.no_padding()
         self._tokens = Tokens(self._tokenizer)
+        self._context = context
+        self._longest = max((len(token) for token in self._tokenizer.get_vocab()), default=1)
         config = json.loads((folder / "tokenizer_config.json").read_text())
         self._special = {name: _token(config[name]) for name in SPECIAL_TOKENS if config.get(name)}
         source, with_tools = _template_sources(folder, config) if chat_template is None else (_given(chat_template), "")
@@ -85,7 +92,18 @@ class Text:
         return self.encode(_open_ended(text) if continue_final else text, special=special)
 
     def encode(self, text: str, special: bool = True) -> bytes:
-        """Packed token ids of a text; `special` adds what the tokenizer puts around a text (a begin token, mostly)."""
+        """Packed token ids of a text; `special` adds what the tokenizer puts around a text (a begin token, mostly).
+
+        Raises:
+            ApiError: 400, the text is too long for the context however few tokens it has: to count them would take minutes.
+        """
+        context = self._context()
+        if context and len(text) > context * self._longest:
+            raise ApiError(
+                400,
+                f"this model's maximum context length is {context} tokens, which a text of {len(text)} characters exceeds: "
+                "shorten it",
+            )
         return self._tokens.encode(text, special)
 
     def decode(self, ids: list[int]) -> str:
