@@ -11,7 +11,7 @@ CPU time is that of whole processes, their threads and what the kernel does for 
     first     one stream at a time: time to the first token, nothing else running
     requests  2000-token prompts, all different, one token each: requests/s, against Dynamo
     scaling   two frontend processes on one port against one, each held to one core: requests/s
-    path      32 streams over real vLLM on the CPU: CPU per token of frontend and worker, against vLLM's own server
+    path      128 streams over real vLLM on the CPU: CPU per token of frontend and worker, against vLLM's own server
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ from launch.tiny_model import make_tiny_model
 PACE_S = 0.02
 DYNAMO_PACE = 0.5  # its mocker takes about 10 ms for a step at a speed-up of 1
 UNPACED = 1000.0
-# What the recipe tiny_agg gives to vLLM, as flags.
+PATH_STREAMS = 128  # at once, so that a step has many tokens and what a server does without any hardly counts
+KV_BYTES = 512 << 20
+# What the recipe tiny_agg gives to vLLM, and the sizes of `path`, as flags.
 VLLM_OPTIONS = (
     *("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--block-size", "32"),
-    *("--kv-cache-memory-bytes", "134217728", "--max-num-seqs", "32", "--no-enable-log-requests"),
+    *("--kv-cache-memory-bytes", str(KV_BYTES), "--max-num-seqs", str(PATH_STREAMS), "--no-enable-log-requests"),
 )
 
 
@@ -130,10 +132,11 @@ def scaling(context: Context) -> None:
 
 
 def path(context: Context) -> None:
-    """32 streams of 100 tokens over real vLLM; the engine cores are left out on both sides."""
-    load = Load(port=0, model="tiny", streams=32, requests=96)
+    """128 streams of 100 tokens over real vLLM; the engine cores are left out on both sides."""
+    load = Load(port=0, model="tiny", streams=PATH_STREAMS, requests=PATH_STREAMS)
+    sizes = (f"engine.args.max_num_seqs={PATH_STREAMS}", f"engine.args.kv_cache_memory_bytes={KV_BYTES}")
     with (
-        baton(context.folder, *context.overrides, "engine.backend=vllm") as ours,
+        baton(context.folder, *context.overrides, "engine.backend=vllm", *sizes) as ours,
         vllm(context.folder, VLLM_OPTIONS) as theirs,
     ):
         whole = replace(ours, frontends=ours.frontends + ours.workers, workers=ours.frontends)
@@ -158,7 +161,7 @@ class Round:
 def in_turns(context: Context, load: Load, targets: Sequence[Target]) -> dict[str, list[Round]]:
     """Play the load on each target in turn, every round with prompts of its own; one short round before does not count."""
     for target in targets:
-        play(target, replace(load, requests=min(load.requests, 2 * load.streams), seed=99))
+        play(target, replace(load, requests=load.streams, seed=99))
     found: dict[str, list[Round]] = {target.name: [] for target in targets}
     for number in range(context.rounds):
         for target in targets:
