@@ -46,7 +46,6 @@ class Load:
     answer_tokens: int = 100
     watched: tuple[int, ...] = ()
     seed: int = 0
-    stream: bool = True
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,7 +80,6 @@ def prompts(load: Load) -> list[str]:
 def bodies(load: Load) -> list[bytes]:
     """The requests, head and body, made before the clock runs."""
     found = []
-    options = {"stream": True, "stream_options": {"include_usage": True}} if load.stream else {}
     for prompt in prompts(load):
         ask = {
             "model": load.model,
@@ -89,7 +87,8 @@ def bodies(load: Load) -> list[bytes]:
             "max_tokens": load.answer_tokens,
             "ignore_eos": True,
             "temperature": 0,
-            **options,
+            "stream": True,
+            "stream_options": {"include_usage": True},
         }
         body = json.dumps(ask).encode()
         head = (
@@ -103,8 +102,7 @@ def bodies(load: Load) -> list[bytes]:
 class Stream(asyncio.Protocol):
     """One keep-alive connection; one request at a time."""
 
-    def __init__(self, streamed: bool) -> None:
-        self._streamed = streamed
+    def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
         self._done: asyncio.Future[None] | None = None
         self.first = self.last = 0.0
@@ -154,9 +152,9 @@ class Stream(asyncio.Protocol):
             self._transport.close()
 
     def _ended(self) -> bool:
-        if self._streamed and self._head.startswith(b"HTTP/1.1 200"):
+        if self._head.startswith(b"HTTP/1.1 200"):
             return self._tail.endswith(b"0\r\n\r\n") and b"[DONE]" in self._tail
-        return self._tail.endswith((b"}", b"}\n"))
+        return self._tail.endswith((b"}", b"}\n", b"0\r\n\r\n"))
 
 
 def cpu_s(pid: int) -> float:
@@ -173,7 +171,7 @@ async def play(load: Load) -> Seen:
     seen = Seen()
 
     async def connect() -> Stream:
-        return (await loop.create_connection(lambda: Stream(load.stream), "127.0.0.1", load.port))[1]
+        return (await loop.create_connection(Stream, "127.0.0.1", load.port))[1]
 
     connections = [await connect() for _ in range(load.streams)]
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.deployments import deployed
+from tests.reference import CPU_ENV
 
 READY_S = 240.0
 STOP_S = 20.0
@@ -97,7 +98,7 @@ def vllm(folder: Path, options: Sequence[str]) -> Iterator[Target]:
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder / MODEL),
         *("--served-model-name", MODEL, "--host", "127.0.0.1", "--port", port, *options),
     )
-    with process(argv, log, {"HF_HUB_OFFLINE": "1"}) as server:
+    with process(argv, log, {**CPU_ENV, "HF_HUB_OFFLINE": "1"}) as server:
         lists_model(port, server, log)
         yield Target(name="vllm", port=port, frontends=(server.pid,))
 
