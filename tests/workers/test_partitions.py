@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 import pytest
@@ -32,7 +32,7 @@ class Path:
     def __init__(self, port: int) -> None:
         self.open = asyncio.Event()
         self.open.set()
-        self.delay_s = lambda: 0.0
+        self.delay_s: Callable[[], float] = lambda: 0.0
         self._port = port
         self._tasks: set[asyncio.Task[None]] = set()
 

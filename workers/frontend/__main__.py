@@ -23,6 +23,7 @@ from workers.frontend.app import App, Served
 from workers.frontend.errors import error_body
 from workers.frontend.exchange import Pool
 from workers.frontend.http import Server
+from workers.frontend.known import Known
 from workers.frontend.links import Links
 from workers.frontend.local import LocalPrefill
 from workers.frontend.metrics import Metrics
@@ -51,7 +52,8 @@ def main() -> int:
         raise SystemExit(f"{run.path} has no running deployment: its job.json or control.json is missing")
     place = places(run.ranks(job.attempt))[0]
     index = plan(recipe).frontends.index(name)
-    uvloop.run(serve(recipe, control, place, port_of(recipe, place, index), KeyRing(run), name))
+    known = Known(run.path / "control" / f"workers-{job.attempt}-{name}.json")
+    uvloop.run(serve(recipe, control, place, port_of(recipe, place, index), KeyRing(run), known, name))
     return 0
 
 
@@ -62,7 +64,9 @@ def port_of(recipe: Recipe, place: Place, index: int) -> int:
     return int(place.port(FRONTEND_PORT + index))
 
 
-async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys: KeyRing, name: str) -> None:
+async def serve(
+    recipe: Recipe, control: Control, place: Place, port: int, keys: KeyRing, known: Known, name: str
+) -> None:
     """Serve until SIGTERM."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -108,8 +112,12 @@ async def serve(recipe: Recipe, control: Control, place: Place, port: int, keys:
     server = Server(app, error_body, recipe.frontend.max_body_bytes)
     report("loading")
     etcd = Etcd(control)
+    before = known.read()
+    if before:
+        links.update(before)
     async with etcd, asyncio.TaskGroup() as group:
         tasks = [
+            group.create_task(known.keep(links), name="known"),
             group.create_task(follow(etcd, recipe.name, links.update), name="discovery"),
             group.create_task(follow_load(control, recipe.name, name, lambda event: note(links, event)), name="load"),
             group.create_task(links.keep(), name="links"),
