@@ -3,7 +3,7 @@
     plan.yaml, recipe.yaml      what was decided; recipe.yaml (0600) is what the ranks read
     job.json                    how it was submitted: launcher, id, attempt
     control.json      (0600)    where rank 0's NATS and etcd are, and every secret of the deployment
-    control/                    their configuration and data; client.pem is what etcd knows us by
+    control/                    their configuration and data; client.pem is what etcd knows us by; what frontends knew last
     endpoint.json     (0600)    where to send requests, and the state of the deployment
     api_key           (0600)    the key that clients send
     admin_key         (0600)    the key of operations on workers (`launch.ctl`)

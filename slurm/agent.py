@@ -36,6 +36,7 @@ from slurm.supervise import Command, Supervised
 from slurm.together import Together
 from workers.control import servers
 from workers.control.certificates import Certificates, issue
+from workers.runtime.awake import AwakeClock
 
 log = logging.getLogger(__name__)
 
@@ -490,15 +491,17 @@ class Agent:
         Raises:
             DeploymentError: It did not start in time, or has not been heard for a long time.
         """
-        heard, last, allowed_s = time.monotonic(), 0.0, self._recipe.engine.ready_timeout_s
+        clock = AwakeClock()  # a pause of this rank is not rank 0's silence
+        heard, last, allowed_s = clock.now, 0.0, self._recipe.engine.ready_timeout_s
         while True:
+            clock.tick()
             with contextlib.suppress(OSError):  # the shared file system has a bad moment: look again
                 rank0 = self._run.rank(self._job.attempt, 0)
                 if rank0 and rank0.heartbeat != last:
-                    heard, last, allowed_s = time.monotonic(), rank0.heartbeat, LOST_RANK0_S
+                    heard, last, allowed_s = clock.now, rank0.heartbeat, LOST_RANK0_S
                 if self._run.stop_file.exists() or (rank0 and (rank0.drained or rank0.ended)):
                     self._stop.set()
-            if time.monotonic() - heard > allowed_s and not self._stop.is_set():
+            if clock.now - heard > allowed_s and not self._stop.is_set():
                 raise DeploymentError(f"rank 0 was not heard for {allowed_s:.0f} s")
             await asyncio.sleep(POLL_S)
 

@@ -88,10 +88,11 @@ class Child:
         await asyncio.to_thread(self._remove_files)
 
     def _remove_files(self) -> None:
-        mapped_elsewhere = set().union(*(mapped_segments(int(pid)) for pid in os.listdir("/proc") if pid.isdigit()))
-        for segment in self._shared_memory - mapped_elsewhere:
-            with contextlib.suppress(OSError):  # somebody else's, or gone
-                Path(segment).unlink()
+        if self._shared_memory:  # looking at every process takes a while, and what has died waits to be started again
+            mapped_elsewhere = set().union(*(mapped_segments(int(pid)) for pid in os.listdir("/proc") if pid.isdigit()))
+            for segment in self._shared_memory - mapped_elsewhere:
+                with contextlib.suppress(OSError):  # somebody else's, or gone
+                    Path(segment).unlink()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def note_shared_memory(self) -> None:

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable, Sequence
 
 from launch.plan import Member
 from launch.records import SILENT_AFTER_S, MemberRecord, RankRecord, RunDirectory, State
+from workers.runtime.awake import AwakeClock
 
 POLL_S = 0.2
 SETTLE_S = 1.0
@@ -45,6 +45,7 @@ class Together:
         self._changed = changed
         self._ranks: dict[int, RankRecord] = {}
         self._heard: dict[int, tuple[float, float]] = {}
+        self._clock = AwakeClock()
 
     @property
     def leads(self) -> bool:
@@ -117,17 +118,18 @@ class Together:
         return rank.members.get(member.name) if rank else None
 
     def _lost(self, rank: int) -> bool:
-        """Whether a rank has ended, or was not heard for a while by our own clock: the clocks of nodes differ."""
+        """Whether a rank has ended, or was not heard for a while by our own clock, since those of nodes differ."""
         record = self._ranks.get(rank)
         if record is None:
             return False
         heartbeat, since = self._heard.get(rank, (0.0, 0.0))
         if heartbeat != record.heartbeat:
-            since = time.monotonic()
+            since = self._clock.now
             self._heard[rank] = (record.heartbeat, since)
-        return record.ended or time.monotonic() - since > SILENT_AFTER_S
+        return record.ended or self._clock.now - since > SILENT_AFTER_S
 
     def _read(self) -> None:
+        self._clock.tick()
         for rank in {member.rank for member in self._others}:
             with contextlib.suppress(OSError):  # the shared file system has a bad moment: what was known stays known
                 record = self._run.rank(self._attempt, rank)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import socket
 
+import pytest
+
 from launch.plan import PORT_BLOCK
 from slurm import ports
 
@@ -31,6 +33,16 @@ def test_a_block_with_a_port_in_use_is_passed_over() -> None:
         other.listen()
         with ports.claim("busy", 0) as block:
             assert block.base != base
+
+
+def test_nobody_can_connect_to_the_port_that_holds_a_block() -> None:
+    """It is bound, so that nobody else binds it whatever he allows, and does not listen."""
+    with ports.claim("held", 0) as block, socket.socket() as other, socket.socket() as client:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", block.base))
+        with pytest.raises(ConnectionRefusedError):
+            client.connect(("127.0.0.1", block.base))
 
 
 def test_a_closed_block_is_free_again() -> None:

@@ -76,6 +76,27 @@ async def test_a_fault_fails_no_request_and_is_over_soon(running: Deployment, ti
     assert changed <= set(done.victim.split(" and "))
 
 
+def test_a_frontend_that_starts_while_etcd_is_away_asks_the_workers_known_before(running: Deployment) -> None:
+    """It has no other way to learn of them."""
+    until(lambda: whole(running))
+    before = running.pids()["frontend-1"]
+    kept = running.run.path / "control" / "workers-1-frontend-1.json"
+    until(lambda: kept.exists() and len(json.loads(kept.read_text())) == 4)
+    with frozen([running.pids()["etcd"]]):
+        os.kill(before, signal.SIGKILL)
+        until(lambda: running.pids()["frontend-1"] not in (0, before))
+        until(lambda: answers(running, running.endpoint.urls[1]), 10)
+    until(lambda: whole(running))
+
+
+def answers(running: Deployment, url: str) -> bool:
+    """Whether a completion asked for there is answered."""
+    try:
+        return running.http.post(f"{url}/completions", json={"model": "tiny", "prompt": "a"}).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 @pytest.mark.nightly
 async def test_an_etcd_that_is_frozen_for_long_fails_no_request(running: Deployment, tiny_model: Path) -> None:
     """30 s, past every lease: workers are asked from the last known view, and are known again within 5 s of its return."""

@@ -351,3 +351,35 @@ def _canaries(running: Deployment, member: str, result: str) -> float:
 def _log_of_agent(running: Deployment) -> str:
     folder = running.run.logs(1)
     return "".join(path.read_text() for path in folder.iterdir() if path.suffix in (".err", ".out", ".log"))
+
+
+@pytest.mark.nightly
+def test_a_stopped_rank_of_a_tensor_parallel_engine_is_found_though_the_others_spin(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Within the stall timeout of its requests; it serves again once the rank goes on."""
+    with deployed(
+        tmp_path,
+        "+recipe=tiny_tp2",
+        f"model.path=tiny:{tiny_model}",
+        f"frontend.stall_timeout_s={STALL_S}",
+        name="ranks",
+    ) as running:
+        complete(running.client, "warm up", False)
+        rank = next(
+            pid
+            for pid in group_members(running.pids()["aggregated-0"])
+            if b"Worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+        with ThreadPoolExecutor(1) as pool:
+            with frozen(rank):
+                stopped = time.monotonic()
+                pool.submit(complete, running.client, "caught", False)
+                until(lambda: not well(running, "aggregated-0"), 3 * STALL_S)
+                out_s = time.monotonic() - stopped
+            back_s = until(lambda: well(running, "aggregated-0"), 30)
+        answer = complete(running.client, "and again", False)
+    print(f"out after {out_s:.1f} s, back after {back_s:.1f} s")
+
+    assert out_s < STALL_S + 1
+    assert answer.completion_tokens == 40

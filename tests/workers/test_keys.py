@@ -59,6 +59,15 @@ async def test_keys_change_while_they_are_used(run: RunDirectory) -> None:
     task.cancel()
 
 
+def test_a_broken_file_leaves_the_deployments_own_keys(run: RunDirectory) -> None:
+    """A worker that starts with it serves all the same."""
+    write(run.keys_file, b"nonsense", mode=0o600)
+    ring = KeyRing(run)
+
+    assert ring.find(run.api_key()) is not None
+    assert ring.find("nonsense") is None
+
+
 def test_a_key_is_kept_as_a_hash_and_shown_once(run: RunDirectory) -> None:
     """Who reads the file later learns nothing that opens a door."""
     key = add(run, "alice", Scope.USER)

@@ -35,6 +35,7 @@ from workers.frontend.errors import error_body
 from workers.frontend.exchange import Pool
 from workers.frontend.files import Drawer, Files
 from workers.frontend.http import Request, Server
+from workers.frontend.known import Known
 from workers.frontend.kv_metrics import KvMetrics
 from workers.frontend.kv_plane import KvPlane
 from workers.frontend.kv_router import KvRouter, Weights
@@ -77,9 +78,10 @@ def main() -> int:
         raise SystemExit(f"{run.path} has no running deployment: its job.json or control.json is missing")
     place = places(run.ranks(job.attempt))[0]
     index = plan(recipe).frontends.index(name)
+    known = Known(run.path / "control" / f"workers-{job.attempt}-{name}.json")
     try:
         sockets = listeners(recipe, place, index)
-        uvloop.run(serve(recipe, control, sockets, KeyRing(run), name, run.path))
+        uvloop.run(serve(recipe, control, sockets, KeyRing(run), known, name, run.path))
     except LaunchError as error:
         log.error("%s: %s", name, error)
         return 1
@@ -115,7 +117,13 @@ def bound(address: str, port: int, share: bool) -> socket.socket:
 
 
 async def serve(
-    recipe: Recipe, control: Control, sockets: Sequence[socket.socket], keys: KeyRing, name: str, folder: Path
+    recipe: Recipe,
+    control: Control,
+    sockets: Sequence[socket.socket],
+    keys: KeyRing,
+    known: Known,
+    name: str,
+    folder: Path,
 ) -> None:
     """Serve until SIGTERM; `folder` is the run directory.
 
@@ -209,8 +217,12 @@ async def serve(
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
     etcd = Etcd(control)
+    before = known.read()
+    if before:
+        links.update(before)
     async with etcd, asyncio.TaskGroup() as group:
         tasks = [
+            group.create_task(known.keep(links), name="known"),
             group.create_task(follow(etcd, recipe.name, links.update), name="discovery"),
             group.create_task(
                 follow_load(control, recipe.name, name, lambda event: note(links, router, event)), name="load"

@@ -55,14 +55,17 @@ class KeyRing:
     """The keys that are valid now. `find` may be called from any thread."""
 
     def __init__(self, run: RunDirectory) -> None:
-        """Read them.
+        """Read them. A `keys.json` that cannot be read must not keep a worker down: then only the deployment's own are valid.
 
         Raises:
-            OSError: A file cannot be read.
-            ValueError: `keys.json` is not what `launch.keys` writes.
+            OSError: The deployment's own keys cannot be read.
         """
         self._run = run
-        self._held = self._read()
+        try:
+            self._held = self._read()
+        except ValueError as error:
+            log.error("%s cannot be read (%s); only the deployment's own keys are valid", run.keys_file, error)
+            self._held = Held(self._own(), self._looks())
 
     def find(self, key: str) -> Key | None:
         """The key that was presented, if it is one; compares with all of them, whichever it is."""
@@ -86,12 +89,14 @@ class KeyRing:
                 complained = True
 
     def _read(self) -> Held:
-        looks = self._looks()
-        keys = [
+        looks = self._looks()  # before the files: a change in between is then seen the next time
+        return Held((*self._own(), *more_keys(self._run)), looks)
+
+    def _own(self) -> tuple[Key, ...]:
+        return (
             Key(id=DEFAULT, scope=Scope.USER, sha256=sha256(self._run.api_key())),
             Key(id=ADMIN, scope=Scope.ADMIN, sha256=sha256(self._run.admin_key())),
-        ]
-        return Held((*keys, *more_keys(self._run)), looks)
+        )
 
     def _looks(self) -> tuple[object, ...]:
         return tuple(_look(path) for path in (self._run.api_key_file, self._run.admin_key_file, self._run.keys_file))
