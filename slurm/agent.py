@@ -25,8 +25,8 @@ import msgspec
 import zmq
 
 from launch.errors import DeploymentError, LaunchError
-from launch.plan import ETCD_PORT, NATS_PORT, PREFLIGHT_PORT, Member, Plan, plan
-from launch.recipe import Launcher, Level, Recipe
+from launch.plan import ETCD_PORT, NATS_PORT, NIXL_PROBE_PORT, PREFLIGHT_PORT, Member, Plan, plan
+from launch.recipe import Kind, Launcher, Level, Recipe, When
 from launch.records import Control, Job, MemberRecord, RankRecord, RunDirectory, State
 from slurm import children, commands, fabric, hosts, limit, ports, preflight, probe, signals
 from slurm.batch import notice_s
@@ -205,6 +205,7 @@ class Agent:
                     background = [
                         group.create_task(self._heartbeat(), name="heartbeat"),
                         group.create_task(self._preflight(), name="preflight"),
+                        group.create_task(self._offer(), name="offer"),
                     ]
                     if self._rank == 0:
                         overseer = Overseer(self._run, self._recipe, self._plan, self._job, self._stop)
@@ -375,11 +376,35 @@ class Agent:
 
     async def _only_preflight(self) -> None:
         """Test, tell, and end."""
-        heartbeat = asyncio.create_task(self._heartbeat(), name="heartbeat")
-        try:
+        async with asyncio.TaskGroup() as group:
+            heartbeat = group.create_task(self._heartbeat(), name="heartbeat")
+            group.create_task(self._offer(), name="offer")
             await self._preflight()
-        finally:
             heartbeat.cancel()
+
+    async def _offer(self) -> None:
+        """Hold a block for decode nodes to pull by NIXL, until every rank has reported."""
+        recipe, wide = self._recipe, preflight.between(self._recipe, self._job.launcher, self._plan)
+        if not wide or not preflight.offers_kv(recipe, self._plan, self._rank, preflight.nixl_installed()):
+            return
+        if recipe.preflight.kv is When.AUTO and not await self._decodes_elsewhere():
+            return
+        port, log_path = self._record.port_base + NIXL_PROBE_PORT, self._run.log_of(self._job.attempt, "nixl-probe")
+        async with probe.offering(
+            self._record.address, port, recipe.cluster.nixl_backends[0], self._probe_environment(), log_path
+        ):
+            await self._wait_for(self._all_reported, recipe.engine.ready_timeout_s, unless_stopped=True)
+
+    async def _decodes_elsewhere(self) -> bool:
+        """Whether a rank with decode engines is on another host than this one."""
+        ranks = {member.rank for member in self._plan.members if member.kind is Kind.DECODE}
+        for rank in ranks:
+            await self._wait_for_rank(rank)
+        found = self._run.ranks(self._job.attempt)
+        return any(found[rank].host != self._record.host for rank in ranks if rank in found)
+
+    def _all_reported(self) -> bool:
+        return len(self._run.preflights()) == self._plan.ranks
 
     async def _preflight(self) -> None:
         """Test this node before its engines start, and answer the tests of the others until all have reported.
@@ -413,7 +438,17 @@ class Agent:
         if record is None:  # we were asked to stop meanwhile
             return probe.Link(peer=peer, host="", address="", error="it did not start")
         timeout_s = self._recipe.preflight.timeout_s
-        return await probe.measure(peer, record.host, record.address, record.port_base + PREFLIGHT_PORT, timeout_s)
+        link = await probe.measure(peer, record.host, record.address, record.port_base + PREFLIGHT_PORT, timeout_s)
+        elsewhere, installed = record.host != self._record.host, preflight.nixl_installed()
+        if link.error is None and preflight.moves_kv(self._recipe, self._plan, self._rank, peer, elsewhere, installed):
+            port, backend = record.port_base + NIXL_PROBE_PORT, self._recipe.cluster.nixl_backends[0]
+            await probe.pull(link, record.address, port, backend, self._probe_environment(), timeout_s)
+        return link
+
+    def _probe_environment(self) -> dict[str, str]:
+        """As an engine's, with all usable devices of the node."""
+        told = fabric.environment(self._snapshot, self._recipe.cluster, self._record.address, ())
+        return {**told, **os.environ}
 
     async def _tell_verdict(self, timeout_s: float) -> None:
         """Wait until every rank has reported; rank 0 then publishes and logs it all."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import importlib.util
 import resource
 import shutil
 import socket
@@ -22,7 +23,7 @@ import msgspec
 
 from launch.errors import LaunchError
 from launch.plan import Plan
-from launch.recipe import Backend, Cluster, Kind, Launcher, Level, Recipe
+from launch.recipe import Backend, Cluster, Kind, Launcher, Level, Recipe, When
 from slurm import fabric, gpus
 from slurm.fabric import Snapshot
 from slurm.gpus import GpuState
@@ -169,6 +170,10 @@ def judge_links(links: Sequence[Link], recipe: Recipe) -> list[Finding]:
             fix = f"check that cluster.interface names the fabric's interface on both nodes, or {_without(link.host, recipe.cluster)}"
             findings.append(_failed("peer", what, fix))
             continue
+        if link.nixl_error:
+            what = f"NIXL moves nothing from rank {link.peer} ({link.host}): {link.nixl_error}"
+            fix = "see the finding rdma, cluster.nixl_backends and UCX_NET_DEVICES, or preflight.kv=never to go without the test"
+            findings.append(_failed("nixl", what, fix))
         if asked.min_gbit_per_s and link.gbit_per_s < asked.min_gbit_per_s:
             what = f"rank {link.peer} ({link.host}) sends {link.gbit_per_s} Gbit/s over TCP, less than {asked.min_gbit_per_s}"
             findings.append(
@@ -183,6 +188,8 @@ def judge_links(links: Sequence[Link], recipe: Recipe) -> list[Finding]:
         slowest = min(link.gbit_per_s for link in links)
         latest = max(link.latency_ms for link in links)
         what = f"{len(links)} peers answer within {latest:.2f} ms, at {slowest:.1f} Gbit/s of TCP or more"
+        moved = [link.nixl_gbit_per_s for link in links if link.nixl_gbit_per_s is not None]
+        what += f", {min(moved):.1f} of NIXL" if moved else ""
         findings.append(Finding(name="peer", grade=Grade.OK, what=what))
     return [_excused(finding, recipe) for finding in findings]
 
@@ -203,6 +210,30 @@ def between(recipe: Recipe, launcher: Launcher, plan: Plan) -> bool:
     """Whether there is something to test between nodes: ranks that are processes of one machine are not asked."""
     wide = launcher in (Launcher.SLURM, Launcher.ALLOCATION) and plan.ranks > 1
     return wide and recipe.preflight.level is Level.FULL
+
+
+def moves_kv(recipe: Recipe, plan: Plan, rank: int, peer: int, elsewhere: bool, installed: bool) -> bool:
+    """Whether a block is pulled from a peer by NIXL: from ranks with prefill engines, by those with decode engines.
+
+    `elsewhere` says whether the peer is on another host, `installed` whether NIXL is.
+    """
+    kinds = {member.kind for member in plan.on(rank)}, {member.kind for member in plan.on(peer)}
+    pair = Kind.DECODE in kinds[0] and Kind.PREFILL in kinds[1]
+    wanted = recipe.preflight.kv is When.ALWAYS or (recipe.preflight.kv is When.AUTO and elsewhere and installed)
+    return pair and wanted
+
+
+def offers_kv(recipe: Recipe, plan: Plan, rank: int, installed: bool) -> bool:
+    """Whether a rank holds a block ready for others to pull."""
+    prefill = any(member.kind is Kind.PREFILL for member in plan.on(rank))
+    decode_elsewhere = any(member.kind is Kind.DECODE and member.rank != rank for member in plan.members)
+    wanted = recipe.preflight.kv is When.ALWAYS or (recipe.preflight.kv is When.AUTO and installed)
+    return prefill and decode_elsewhere and wanted
+
+
+def nixl_installed() -> bool:
+    """Whether this environment has NIXL."""
+    return importlib.util.find_spec("nixl") is not None
 
 
 async def examine(

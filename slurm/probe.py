@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import struct
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
 
 import msgspec
 
@@ -31,6 +33,7 @@ class Link(msgspec.Struct, kw_only=True):
     gbit_per_s: float = 0.0
     skew_s: float = 0.0
     nixl_gbit_per_s: float | None = None
+    nixl_error: str | None = None
 
 
 async def start(address: str, port: int, clock: Callable[[], float] = time.time, pace_s: float = 0.0) -> asyncio.Server:
@@ -55,6 +58,58 @@ async def measure(peer: int, host: str, address: str, port: int, timeout_s: floa
         if writer:
             writer.transport.abort()
     return link
+
+
+@contextlib.asynccontextmanager
+async def offering(
+    address: str, port: int, backend: str, env: Mapping[str, str], log_path: Path
+) -> AsyncIterator[None]:
+    """Hold a block of memory for others to pull by NIXL, in a process of its own, within the block."""
+    with log_path.open("ab") as log:
+        process = await asyncio.create_subprocess_exec(
+            *_nixl("offer", address, port, backend),
+            env=dict(env),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+async def pull(link: Link, address: str, port: int, backend: str, env: Mapping[str, str], timeout_s: float) -> None:
+    """Pull a peer's block by NIXL; what came of it is noted in the link."""
+    process = await asyncio.create_subprocess_exec(
+        *_nixl("read", address, port, backend, f"{timeout_s:.0f}"),
+        env=dict(env),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        async with asyncio.timeout(2 * timeout_s):
+            said, _ = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        link.nixl_error = f"nothing after {2 * timeout_s:.0f} s"
+        return
+    last = said.decode(errors="replace").strip().rpartition("\n")[2]
+    try:
+        answer = msgspec.json.decode(last, type=dict[str, float])
+        link.nixl_gbit_per_s = answer["gbit_per_s"]
+        if answer["wrong_bytes"]:
+            link.nixl_error = f"{answer['wrong_bytes']:.0f} bytes came wrong"
+    except (msgspec.DecodeError, KeyError):
+        link.nixl_error = last or f"exit code {process.returncode}"
+
+
+def _nixl(role: str, address: str, port: int, *more: str) -> list[str]:
+    return [sys.executable, "-m", "slurm.nixl_probe", role, address, str(port), *more]
 
 
 async def _clock(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[float, float]:

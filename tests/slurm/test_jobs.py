@@ -235,3 +235,24 @@ def test_a_signal_before_the_agent_listens_is_kept() -> None:
     assert (
         done.stdout == f"{[int(each) for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGURG, signal.SIGUSR2)]} ()\n"
     )
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(400)
+def test_decode_nodes_pull_a_block_by_nixl_before_engines_start(
+    tmp_path: Path, tiny_model: Path, cluster: SlurmCluster
+) -> None:
+    """Every byte of 64 MiB, between the tasks of two nodes; the rate is in the verdict."""
+    words = ("+recipe=tiny_disagg", "engine.backend=echo", "cluster=slurm_cpu", "cluster.interface=lo")
+    more = (f"model.path=tiny:{tiny_model}", "preflight.kv=always", "preflight.only=true", "preflight.timeout_s=90")
+    done = subprocess.run(
+        command(tmp_path, *words, *more, name="pulled"),
+        check=False, capture_output=True, text=True, timeout=300, env={**os.environ, **cluster.env},
+    )  # fmt: skip
+    reports = json.loads((tmp_path / "runs" / "pulled" / "preflight.json").read_text())
+    (link,) = reports[1]["links"]
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert link["nixl_error"] is None
+    assert link["nixl_gbit_per_s"] > 0
+    assert "rank 1 on" in done.stdout

@@ -258,7 +258,7 @@ def test_planted_faults_end_the_job_with_all_of_them(tmp_path: Path, tiny_model:
             *("cluster.gpu_request=null", "roles.prefill.tensor_parallel=2", "roles.decode.tensor_parallel=2"),
             *(f"model.path={model}", f"frontend.port={taken.getsockname()[1]}", "preflight.min_gbit_per_s=100000"),
             f"slurm.setup=['export PATH={fake}:$PATH', 'ulimit -l 64']",
-            "slurm.srun_args=[--propagate=MEMLOCK]",
+            "slurm.srun_args=['--propagate=MEMLOCK']",
         ]
         done = subprocess.run(
             command(tmp_path, *words, name="planted"),
