@@ -14,6 +14,7 @@ import secrets
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ def main() -> int:
         with contextlib.ExitStack() as around:
             ray = ray_cluster.start_command(where, member, known, ray_cluster.temp_dir())
             if not member.leader:
-                return follow(recipe, role.executor, arguments, ray, lambda: show(recipe, member, known[member.rank]))
+                place, admits = known[member.rank], admission(recipe, KeyRing(run))
+                return follow(recipe, role.executor, arguments, ray, lambda: show(recipe, member, place, admits))
             if role.executor is Executor.RAY and recipe.engine.backend is Backend.VLLM:
                 at = ray_cluster.address(where, member, known)
                 around.enter_context(ray_cluster.head(ray, at, recipe.engine.ready_timeout_s))
@@ -169,11 +171,7 @@ async def serve(
     standing, pulse, canaries = Standing(on_standing), Pulse(), Canaries()
     ours = WorkerFamilies(engine.stats, server.outcomes, canaries, lambda: standing.serving)
     families = Labelled(labels_of(recipe, member), (registry, ours), process_families())
-
-    def admits(key: str) -> bool:
-        return recipe.security.open_metrics or keys.find(key) is not None
-
-    page = MetricsPage(families, lambda: standing.reason, lambda: pulse.alive, admits)
+    page = MetricsPage(families, lambda: standing.reason, lambda: pulse.alive, admission(recipe, keys))
     page.start(place.address, int(place.port(member.ports.metrics)))
 
     def load() -> LoadEvent:
@@ -228,10 +226,19 @@ async def serve(
     return death
 
 
-def show(recipe: Recipe, member: Member, place: Place) -> None:
-    """The page of a member that serves no requests: that it lives, and its process's metrics."""
+def admission(recipe: Recipe, keys: KeyRing) -> Callable[[str], bool]:
+    """Whether a key that was presented may see a member's metrics."""
+    return lambda key: recipe.security.open_metrics or keys.find(key) is not None
+
+
+def show(recipe: Recipe, member: Member, place: Place, admits: Callable[[str], bool]) -> None:
+    """The page of a member that serves no requests: that it lives, and its process's metrics.
+
+    It has no loop that would read keys again: those of its start are good until its end.
+    """
     families = Labelled(labels_of(recipe, member), (), process_families())
-    MetricsPage(families, lambda: None, lambda: True).start(place.address, int(place.port(member.ports.metrics)))
+    page = MetricsPage(families, lambda: None, lambda: True, admits)
+    page.start(place.address, int(place.port(member.ports.metrics)))
 
 
 async def drain(recipe: Recipe, engine: Engine, server: RequestServer) -> None:
