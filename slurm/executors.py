@@ -91,10 +91,11 @@ def check(launcher: Launcher, recipe: Recipe, plan: Plan, gpus_here: int) -> Non
         needed = (
             (plan.ranks - 1) * plan.slots_per_node + 1 + max(max(member.slots) for member in plan.on(plan.ranks - 1))
         )
+        nodes = f" on {plan.ranks} nodes" if plan.ranks > 1 else ""
         if needed > gpus_here:
             raise PlanError(
-                f"the deployment needs {needed} GPUs on {plan.ranks} nodes and this machine has {gpus_here}: submit it "
-                "with launcher=slurm, or choose smaller counts"
+                f"the deployment needs {needed} GPUs{nodes} and this machine has {gpus_here}: submit it with "
+                "launcher=slurm, or choose smaller counts"
             )
 
 

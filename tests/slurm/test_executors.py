@@ -185,7 +185,7 @@ def test_without_slurm_the_refusal_says_where_to_go(monkeypatch: pytest.MonkeyPa
     ("overrides", "gpus", "message"),
     [
         pytest.param(["cluster.gpus_per_node=8"], 8, "16 GPUs on 2 nodes and this machine has 8", id="two nodes"),
-        pytest.param(["cluster.gpus_per_node=16"], 8, "16 GPUs on 1 nodes and this machine has 8", id="too few GPUs"),
+        pytest.param(["cluster.gpus_per_node=16"], 8, "needs 16 GPUs and this machine has 8", id="too few GPUs"),
     ],
 )
 def test_a_machine_with_too_few_gpus_is_refused(overrides: list[str], gpus: int, message: str) -> None:
