@@ -185,7 +185,7 @@ def play(target: Target, load: Load) -> Seen:
     """One load, from a process of its own.
 
     Raises:
-        RuntimeError: Requests failed: figures of the others would compare different work.
+        RuntimeError: More than one request in a hundred failed: what is left would compare different work.
     """
     spec = replace(
         load, port=target.port, key=target.key, watched=tuple(dict.fromkeys(target.frontends + target.workers))
@@ -200,6 +200,8 @@ def play(target: Target, load: Load) -> Seen:
     fields = json.loads(done.stdout)
     seen = Seen(**fields | {"cpu": {int(pid): used for pid, used in fields["cpu"].items()}})
     if seen.failed:
+        print(f"  {target.name}: {seen.failed} requests failed: {seen.why}", flush=True)
+    if seen.failed * 100 > seen.failed + seen.requests:
         raise RuntimeError(f"{target.name}: {seen.failed} of {seen.failed + seen.requests} failed: {seen.why}")
     return seen
 
