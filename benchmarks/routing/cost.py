@@ -23,7 +23,7 @@ from workers.frontend.block_index import BlockIndex
 from workers.frontend.book import Book
 from workers.frontend.kv_router import KvRouter, Weights
 from workers.frontend.kv_view import KvView
-from workers.runtime.blocks import chain, pack_names, root
+from workers.runtime.blocks import chain, pack_names, root, unpack_names
 from workers.runtime.kv_events import Changes
 
 HOLDERS = 16
@@ -97,7 +97,7 @@ def fill(index: BlockIndex | ArrayIndex, blocks: int) -> tuple[float, float, lis
     kept: list[list[int]] = []
     for holder, names in Chains(blocks):
         if len(kept) < 2000 and holder == 0:
-            kept.append(names)
+            kept.append(unpack_names(pack_names(names)))  # as a request's own: other objects of the same value
         begun = time.process_time()
         index.stored(holder, names)
         for other in range(HOLDERS):

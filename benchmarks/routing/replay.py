@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -168,9 +169,8 @@ def _free_port() -> int:
 def note_workers(tally: Tally, urls: Sequence[str], answer: float) -> None:
     """Take the requests and tokens of each worker from our frontends' pages."""
     for url in urls:
-        page = subprocess.run(
-            ["curl", "-s", url.removesuffix("/v1") + "/metrics"], check=True, capture_output=True, text=True
-        ).stdout
+        with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as response:
+            page = response.read().decode()
         for family in text_string_to_metric_families(page):
             for sample in family.samples:
                 if sample.name == "baton_frontend_kv_requests_total":

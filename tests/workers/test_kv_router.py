@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.recipe import Kind, RouterMode
+from launch.recipe import Kind, LocalPrefillMode, RouterMode
 from tests.workers.test_kv_view import SIZE, card
 from workers.engine.kv_ledger import Ledger
 from workers.frontend.block_index import BlockIndex
@@ -19,6 +19,7 @@ from workers.frontend.book import Book, Key, Load
 from workers.frontend.errors import ApiError
 from workers.frontend.kv_router import KvRouter, Weights, choose
 from workers.frontend.kv_view import KvView
+from workers.frontend.local import LocalPrefill, Reason
 from workers.frontend.predictions import Predictions
 from workers.frontend.router import Router, mode, session_choice
 from workers.frontend.wishes import Wishes, wishes
@@ -190,6 +191,22 @@ def test_a_worker_that_only_pulls_is_chosen_by_load() -> None:
     assert {fleet.pick(PROMPT, computes=False) for _ in range(10)} == {"a"}
     fleet.book.change(("a", 0), 1, 6, 0)
     assert {fleet.pick(PROMPT, computes=False) for _ in range(10)} == {"b"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "cached", "reason"),
+    [
+        pytest.param(LocalPrefillMode.SHORT, 936, Reason.CACHED, id="a short rest"),
+        pytest.param(LocalPrefillMode.SHORT, 935, None, id="a long rest"),
+        pytest.param(LocalPrefillMode.LOAD, 1000, Reason.CACHED, id="cached whole"),
+        pytest.param(LocalPrefillMode.NEVER, 1000, None, id="never"),
+    ],
+)
+def test_what_decode_caches_but_for_a_short_rest_it_computes(
+    mode: LocalPrefillMode, cached: int, reason: Reason | None
+) -> None:
+    """Where decode workers compute prompts at all."""
+    assert LocalPrefill(mode=mode, short_tokens=64).reason(1000, [0], [0], lambda: cached) is reason
 
 
 def test_books_of_other_frontends_and_reports_count_once() -> None:
