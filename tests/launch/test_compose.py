@@ -63,6 +63,10 @@ from launch.recipe import Kind, Launcher, Tiny, Wait
         ),
         pytest.param(["+recipe=tiny_agg", "name=a/b"], r"cannot name a folder", id="name"),
         pytest.param(["+recipe=tiny_agg", "frontend.port=70000"], r"1 to 65535", id="port"),
+        pytest.param(["+recipe=tiny_agg", "frontend.tls_cert=/c.pem"], r"tls_key go together.*set both", id="half TLS"),
+        pytest.param(["+recipe=tiny_agg", "frontend.unix_socket=s"], r"absolute path", id="relative socket"),
+        pytest.param(["+recipe=tiny_agg", "frontend.otlp_endpoint=h:4318"], r"http:// or https://", id="collector"),
+        pytest.param(["+recipe=tiny_agg", "frontend.batch_concurrency=0"], r"at least 1, got", id="idle batches"),
         pytest.param(["+recipe=tiny_agg", "slurm.time_min=0"], r"at least 1 minute", id="time"),
         pytest.param(
             ["+recipe=tiny_agg", "engine.args.tensor_parallel_size=2"],

@@ -22,7 +22,7 @@ def test_both_engines_spans_are_children_of_the_frontends(
         options = [
             *(f"model.path=tiny:{tiny_model}", f"frontend.otlp_endpoint={traces.url}"),
             f"engine.args.otlp_traces_endpoint={traces.url}",
-            "+engine.env.OTEL_EXPORTER_OTLP_TRACES_PROTOCOL=http/protobuf",
+            "engine.env.OTEL_EXPORTER_OTLP_TRACES_PROTOCOL=http/protobuf",
         ]
         with deployed(tmp_path_factory.mktemp("traces"), "+recipe=tiny_disagg", *options, name="traces") as running:
             answer = running.http.post(

@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.frontend import messages, responses
+from launch.errors import ConfigError
+from tests.certificates import make_certificate
+from workers.frontend import messages, responses, tls
 from workers.frontend.batches import Answers
 from workers.frontend.bodies import gunzip
 from workers.frontend.errors import ApiError
@@ -202,6 +204,20 @@ def test_a_line_that_was_cut_off_is_no_answer(tmp_path: Path) -> None:
     written = [json.loads(line) for line in (tmp_path / "output.jsonl").read_text().splitlines()]
 
     assert [(line["custom_id"], line["response"]["body"]) for line in written] == [("a", {"a": 1}), ("b", {"a": 1})]
+
+
+def test_a_certificate_without_its_key_is_refused_by_name(tmp_path: Path) -> None:
+    """A missing file and one of another pair; a right pair is taken."""
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    certificate, key = map(str, make_certificate(tmp_path / "one"))
+    with pytest.raises(ConfigError, match=r"frontend\.tls_key names .*none"):
+        tls.context(certificate, str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="no certificate and its key"):
+        tls.context(certificate, str(make_certificate(tmp_path / "other")[1]))
+
+    assert tls.context(certificate, key) is not None
+    assert tls.context(None, None) is None
 
 
 def test_an_error_within_a_stream_has_its_apis_shape() -> None:

@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,7 +113,8 @@ class Batches:
     async def create(self, request: Request, reply: Reply) -> None:
         """POST /v1/batches."""
         ask, _ = parse(request.body, BatchRequest)
-        if self._drawer.get(ask.input_file_id).purpose != PURPOSE:
+        file = await asyncio.to_thread(self._drawer.get, ask.input_file_id)
+        if file.purpose != PURPOSE:
             raise ApiError(400, f"the file {ask.input_file_id!r} was not uploaded for batches", "input_file_id")
         now = int(time.time())
         batch = Batch(
@@ -129,7 +130,7 @@ class Batches:
 
     async def get(self, request: Request, reply: Reply, name: str) -> None:
         """GET /v1/batches/{batch_id}."""
-        reply.respond(200, msgspec.json.encode(self._read(name)), told(request))
+        reply.respond(200, msgspec.json.encode(await asyncio.to_thread(self._read, name)), told(request))
 
     async def listing(self, request: Request, reply: Reply) -> None:
         """GET /v1/batches."""
@@ -138,9 +139,9 @@ class Batches:
 
     async def cancel(self, request: Request, reply: Reply, name: str) -> None:
         """POST /v1/batches/{batch_id}/cancel: the process that works on it sees it within a second."""
-        batch = self._read(name)
+        batch = await asyncio.to_thread(self._read, name)
         if batch.status not in ENDED:
-            write_private(self._folder / name / "cancel", b"")
+            await asyncio.to_thread(write_private, self._folder / name / "cancel", b"")
             batch.status, batch.cancelling_at = "cancelling", int(time.time())
         reply.respond(200, msgspec.json.encode(batch), told(request))
 
@@ -154,9 +155,9 @@ class Batches:
                     continue
                 try:
                     await self._run(batch, ask)
-                except (OSError, ApiError) as error:
+                except* (OSError, ApiError) as errors:
                     # Another batch may fare better; this one is tried again.
-                    log.warning("batch %s: %s", batch.id, error)
+                    log.warning("batch %s: %s", batch.id, errors.exceptions[0])
             await asyncio.sleep(LOOK_S)
 
     async def _run(self, batch: Batch, ask: Ask) -> None:
@@ -171,19 +172,20 @@ class Batches:
             return
         log.info("batch %s: %d requests to %s", batch.id, len(lines), batch.endpoint)
         answers = await asyncio.to_thread(Answers, self._folder / batch.id)
-        todo = iter([line for line in lines if line.custom_id not in answers.done])
-        batch.status, batch.in_progress_at = "in_progress", batch.in_progress_at or int(time.time())
-        batch.request_counts = Counts(total=len(lines), completed=answers.completed, failed=answers.failed)
-        await asyncio.to_thread(self._write, batch)
-        async with asyncio.TaskGroup() as group:
-            workers = [
-                group.create_task(self._answer(batch, todo, answers, ask), name=f"batch-{number}")
-                for number in range(self._at_once)
-            ]
-            watch = group.create_task(self._watch(batch, answers, workers), name="batch-watch")
-            await asyncio.wait(workers)
-            watch.cancel()
-        await asyncio.to_thread(self._finish, batch, answers)
+        with contextlib.closing(answers):
+            todo = iter([line for line in lines if line.custom_id not in answers.done])
+            batch.status, batch.in_progress_at = "in_progress", batch.in_progress_at or int(time.time())
+            batch.request_counts = Counts(total=len(lines), completed=answers.completed, failed=answers.failed)
+            await asyncio.to_thread(self._write, batch)
+            async with asyncio.TaskGroup() as group:
+                workers = [
+                    group.create_task(self._answer(batch, todo, answers, ask), name=f"batch-{number}")
+                    for number in range(self._at_once)
+                ]
+                watch = group.create_task(self._watch(batch, answers, workers), name="batch-watch")
+                await asyncio.wait(workers)
+                watch.cancel()
+            await asyncio.to_thread(self._finish, batch, answers)
 
     async def _answer(self, batch: Batch, todo: Iterator[Line], answers: Answers, ask: Ask) -> None:
         """Answer one request after the other, while any is left."""
@@ -206,7 +208,7 @@ class Batches:
                 log.exception("batch %s: request %s failed", batch.id, line.custom_id)
                 reply.respond(500, ApiError(500, "internal error").body())
             if reply.status != 503:
-                await answers.add(line.custom_id, request_id, reply)
+                await _to_its_end(answers.add(line.custom_id, request_id, reply))
                 return
             await asyncio.sleep(AGAIN_S)
 
@@ -341,6 +343,16 @@ class Answers:
         names = [msgspec.json.decode(line)["custom_id"] for line in content[:whole].splitlines()]
         self.done.update(names)
         return len(names)
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await something that is not to be left half done: whoever cancels waits for it."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
 
 
 def _append(file: int, line: dict[str, Any]) -> None:

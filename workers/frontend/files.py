@@ -145,7 +145,7 @@ class Files:
 
     async def get(self, request: Request, reply: Reply, name: str) -> None:
         """GET /v1/files/{file_id}."""
-        reply.respond(200, msgspec.json.encode(self._drawer.get(name)), told(request))
+        reply.respond(200, msgspec.json.encode(await asyncio.to_thread(self._drawer.get, name)), told(request))
 
     async def content(self, request: Request, reply: Reply, name: str) -> None:
         """GET /v1/files/{file_id}/content."""

@@ -23,7 +23,16 @@ MAX_STOPS = 64
 BILLING = "x-anthropic-billing-header"
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 # Under the same name and with the same meaning in a chat.
-SAME = ("temperature", "top_k", "top_p", "cache_salt", "vllm_xargs", "watermarking", "kv_transfer_params")
+SAME = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "cache_salt",
+    "vllm_xargs",
+    "watermarking",
+    "kv_transfer_params",
+    "ec_transfer_params",
+)
 
 
 class Block(msgspec.Struct, kw_only=True):

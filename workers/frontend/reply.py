@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from workers.frontend.http import Request
+from workers.frontend.trace import context_of
 
 REQUEST_ID_HEADER = "x-request-id"
 
@@ -70,5 +71,5 @@ class Kept:
 def told(request: Request) -> bytes:
     """Header lines of every answer: the request's id, and the trace that it belongs to."""
     lines = b"x-request-id: %b\r\n" % request.headers[REQUEST_ID_HEADER].encode("latin-1", "replace")
-    trace = request.headers.get("traceparent")
-    return lines + b"traceparent: %b\r\n" % trace.encode("latin-1", "replace") if trace else lines
+    trace = context_of(request.headers)
+    return lines if trace is None else lines + b"traceparent: %b\r\n" % trace["traceparent"].encode("latin-1")

@@ -6,6 +6,8 @@ server. Tools that a server would run itself (web search, code) are left out, as
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -20,6 +22,8 @@ from workers.frontend.reply import Reply, told
 from workers.frontend.service import Service
 from workers.frontend.stored import Store, Stored
 from workers.runtime.wire import Shape
+
+log = logging.getLogger(__name__)
 
 LOGPROBS = "message.output_text.logprobs"
 UNSERVED = ("prompt", "conversation", "previous_input_messages", "context_management")
@@ -111,7 +115,7 @@ class Responses:
         ask, fields = parse(request.body, ResponseRequest)
         self._service.admit(ask.model, generates=True)
         self._check(ask, fields)
-        earlier = self._earlier(ask.previous_response_id)
+        earlier = await self._earlier(ask.previous_response_id)
         read, chat = self._chat(ask, fields, earlier)
         generation = await chat_of(self._service, Shape.RESPONSE, read, chat, len(request.body))
         context = self._service.context()
@@ -125,30 +129,30 @@ class Responses:
         """POST /v1/responses/input_tokens."""
         ask, fields = parse(request.body, TokensRequest)
         self._service.admit(ask.model, generates=True)
-        read, _ = self._chat(ask, fields, self._earlier(ask.previous_response_id))
+        read, _ = self._chat(ask, fields, await self._earlier(ask.previous_response_id))
         ids = await self._service.tokenized(len(request.body), lambda: chat_ids(self._service, read))
         answer = {"object": "response.input_tokens", "input_tokens": len(ids) // 4}
         reply.respond(200, msgspec.json.encode(answer), told(request))
 
     async def get(self, request: Request, reply: Reply, name: str) -> None:
         """GET /v1/responses/{id}."""
-        reply.respond(200, bytes(self._known(name).response), told(request))
+        reply.respond(200, bytes((await self._known(name)).response), told(request))
 
     async def delete(self, request: Request, reply: Reply, name: str) -> None:
         """DELETE /v1/responses/{id}."""
-        if not self._store.drop(name):
+        if not await asyncio.to_thread(self._store.drop, name):
             raise _unknown(name)
         reply.respond(200, msgspec.json.encode({"id": name, "object": "response", "deleted": True}), told(request))
 
     async def input_items(self, request: Request, reply: Reply, name: str) -> None:
         """GET /v1/responses/{id}/input_items."""
-        items = self._known(name).input
+        items = (await self._known(name)).input
         ends = {"first_id": None, "last_id": None, "has_more": False}
         reply.respond(200, msgspec.json.encode({"object": "list", "data": items, **ends}), told(request))
 
     async def cancel(self, request: Request, reply: Reply, name: str) -> None:
         """POST /v1/responses/{id}/cancel."""
-        self._known(name)
+        await self._known(name)
         raise ApiError(400, "only responses in the background can be cancelled, and none is served there")
 
     def _check(self, ask: ResponseRequest, fields: dict[str, Any]) -> None:
@@ -186,16 +190,16 @@ class Responses:
         read.messages = [_for_template(message) for message in read.messages]
         return read, chat
 
-    def _earlier(self, name: str | None) -> list[dict[str, Any]]:
+    async def _earlier(self, name: str | None) -> list[dict[str, Any]]:
         """The conversation that a request goes on from."""
         if name is None:
             return []
-        stored = self._known(name)
+        stored = await self._known(name)
         output = msgspec.json.decode(stored.response)["output"]
         return as_messages(output, stored.messages)
 
-    def _known(self, name: str) -> Stored:
-        stored = self._store.get(name)
+    async def _known(self, name: str) -> Stored:
+        stored = await asyncio.to_thread(self._store.get, name)
         if stored is None:
             raise _unknown(name)
         return stored
@@ -209,7 +213,10 @@ class Responses:
         said = [message for message in messages if message.get("role") != "system"]
 
         def keep(response: bytes) -> None:
-            self._store.put(generation.id, Stored(response=msgspec.Raw(response), input=items, messages=said))
+            try:
+                self._store.put(generation.id, Stored(response=msgspec.Raw(response), input=items, messages=said))
+            except OSError as error:  # the answer itself is whole; who goes on from it is told that it is not there
+                log.warning("response %s cannot be stored: %s", generation.id, error)
 
         return keep
 
