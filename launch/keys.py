@@ -30,6 +30,9 @@ def main() -> int:
     except (LaunchError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except ValueError as error:
+        print(f"error: keys.json of {arguments.name} cannot be read ({error}): repair or remove it", file=sys.stderr)
+        return 1
     return 0
 
 

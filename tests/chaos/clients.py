@@ -15,6 +15,7 @@ import aiohttp
 
 from tests.chaos.asks import Ask, Asks, Behaviour
 
+# Without any byte of the answer: how long a slow reader takes over what he has is his own affair.
 DEADLINE_S = 40.0
 SLOW_S = 0.05
 TRIES = 5
@@ -89,19 +90,21 @@ class Clients:
         leaves = ask.behaviour is Behaviour.LEAVES
         begun = time.monotonic()
         try:
-            async with asyncio.timeout(ask.patience_s if leaves else DEADLINE_S):
+            async with asyncio.timeout(ask.patience_s if leaves else DEADLINE_S) as limit:
                 async with session.post(f"{url}{ask.path}", json=ask.body) as response:
                     if response.status != 200:
                         return End.LOST, f"status {response.status}: {(await response.text())[:300]}"
                     if ask.streams:
-                        return await self._stream(response, ask)
+                        return await self._stream(response, ask, None if leaves else limit)
                     return _verdict(ask, *_whole(await response.json()))
         except TimeoutError:
             return (End.LEFT, "") if leaves else (End.STUCK, f"no end after {time.monotonic() - begun:.0f} s")
         except (aiohttp.ClientError, OSError) as error:
             return End.LOST, f"connection: {type(error).__name__}: {error}"
 
-    async def _stream(self, response: aiohttp.ClientResponse, ask: Ask) -> tuple[End, str]:
+    async def _stream(
+        self, response: aiohttp.ClientResponse, ask: Ask, limit: asyncio.Timeout | None
+    ) -> tuple[End, str]:
         texts = [""] * len(ask.answers)
         usage: dict[str, Any] | None = None
         last = time.monotonic()
@@ -113,6 +116,8 @@ class Clients:
             if ask.behaviour is Behaviour.READS_SLOWLY:
                 await asyncio.sleep(SLOW_S)
             last = time.monotonic()
+            if limit is not None:
+                limit.reschedule(asyncio.get_running_loop().time() + DEADLINE_S)
             if line.startswith(b"data: [DONE]"):
                 return _verdict(ask, texts, usage)
             event = json.loads(line[6:])

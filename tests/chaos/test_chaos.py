@@ -14,7 +14,7 @@ from tests.chaos.storm import storm
 @pytest.mark.parametrize(
     "minutes",
     [
-        pytest.param(0.4, marks=pytest.mark.timeout(240), id="a short storm"),
+        pytest.param(0.3, marks=pytest.mark.timeout(240), id="a short storm"),
         pytest.param(10, marks=(pytest.mark.nightly, pytest.mark.timeout(1200)), id="a long storm"),
     ],
 )
@@ -31,4 +31,4 @@ def test_a_storm_of_faults_costs_no_request_and_leaves_nothing(
 
     assert report.problems == []
     assert report.tally.ends[End.RIGHT] > 60 * minutes
-    assert len({done.fault for done in report.ledger.done}) > 3
+    assert len({done.fault for done in report.ledger.done}) > 2

@@ -41,12 +41,12 @@ def running(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 @pytest.mark.parametrize(
     "fault",
     [
-        "kill NATS",
-        "kill etcd",
+        *(
+            pytest.param(name, marks=pytest.mark.nightly)  # the short storm of tests/chaos has them too
+            for name in ("kill NATS", "kill etcd", "kill a worker", "stop a worker with SIGTERM")
+        ),
         "wipe etcd's data",
         "kill NATS and etcd",
-        "kill a worker",
-        "stop a worker with SIGTERM",
         pytest.param(
             "cut the connections of a worker",
             marks=pytest.mark.skipif(not can_cut(), reason="needs root and iproute2 to break connections of others"),

@@ -160,6 +160,23 @@ async def test_a_registration_survives_the_loss_of_etcd_and_of_its_data(control:
         follower.cancel()
 
 
+async def test_what_is_no_card_is_left_out(control: Control, tmp_path: Path) -> None:
+    """Found at the start or later, and whoever follows goes on."""
+    views: list[dict[str, Card]] = []
+    async with running(etcd_server(control, tmp_path), tmp_path), client(control) as etcd:
+        await etcd.put(key("d", "decode-7"), b"{")
+        await etcd.put(key("d", "decode-0"), msgspec.json.encode(CARD))
+        follower = asyncio.create_task(follow(etcd, "d", views.append))
+        async with asyncio.timeout(10):
+            while views[-1:] != [{"decode-0": CARD}]:
+                await asyncio.sleep(0.02)
+            await etcd.put(key("d", "decode-0"), b"\xff")
+            while views[-1:] != [{}]:
+                await asyncio.sleep(0.02)
+        assert not follower.done()
+        follower.cancel()
+
+
 async def test_a_changed_card_is_what_is_kept(control: Control, tmp_path: Path) -> None:
     """Under the same lease, and registered again as it was last when etcd loses its data; a change that etcd did not take
     is not kept.

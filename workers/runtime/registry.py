@@ -160,23 +160,33 @@ async def follow(etcd: Etcd, deployment: str, on_cards: Callable[[dict[str, Card
     while True:
         try:
             found, revision = await etcd.prefix(prefix(deployment))
-            cards = {_member(name): msgspec.json.decode(value, type=Card) for name, value in found.items()}
+            cards = {_member(name): card for name, value in found.items() if (card := _card(name, value))}
             on_cards(dict(cards))
             if not connected:
                 log.info("etcd is back")
             connected = True
             async for changes in etcd.watch(prefix(deployment), revision + 1):
                 for change in changes:
-                    if change.value is None:
+                    card = None if change.value is None else _card(change.key, change.value)
+                    if card is None:
                         cards.pop(_member(change.key), None)
                     else:
-                        cards[_member(change.key)] = msgspec.json.decode(change.value, type=Card)
+                        cards[_member(change.key)] = card
                 on_cards(dict(cards))
         except EtcdError as error:
             if connected:
                 log.warning("etcd is away (%s); routing goes on with what was known", error)
             connected = False
         await asyncio.sleep(RETRY_S)
+
+
+def _card(name: str, value: bytes) -> Card | None:
+    """None for what is no card: one worker that cannot be understood must not end who follows all of them."""
+    try:
+        return msgspec.json.decode(value, type=Card)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        log.error("%s in etcd is not a worker's card (%s); left out", name, error)
+        return None
 
 
 def _member(name: str) -> str:
