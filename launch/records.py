@@ -282,7 +282,16 @@ class RunDirectory:
         """Publish the JSON of what a rank found before its engines started; of all ranks for None."""
         folder = self.path / "preflight"
         folder.mkdir(exist_ok=True)
-        write(self.path / "preflight.json" if rank is None else folder / f"{rank}.json", content)
+        write(self.preflight_file if rank is None else folder / f"{rank}.json", content)
+
+    @property
+    def preflight_file(self) -> Path:
+        """What all ranks found."""
+        return self.path / "preflight.json"
+
+    def preflights_written(self) -> int:
+        """How many ranks have published what they found."""
+        return len(list((self.path / "preflight").glob("*.json")))
 
     def preflights(self) -> list[bytes]:
         """What ranks found, of whatever attempt."""

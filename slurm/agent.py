@@ -21,15 +21,15 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
-import msgspec
 import zmq
 
 from launch.errors import DeploymentError, LaunchError
-from launch.plan import ETCD_PORT, NATS_PORT, NIXL_PROBE_PORT, PREFLIGHT_PORT, Member, Plan, plan
-from launch.recipe import Kind, Launcher, Level, Recipe, When
+from launch.plan import ETCD_PORT, NATS_PORT, Member, Plan, plan
+from launch.recipe import Launcher, Recipe
 from launch.records import Control, Job, MemberRecord, RankRecord, RunDirectory, State
-from slurm import children, commands, fabric, hosts, limit, ports, preflight, probe, signals
+from slurm import children, commands, fabric, hosts, limit, ports, signals
 from slurm.batch import notice_s
+from slurm.examination import Examination
 from slurm.overseer import Overseer
 from slurm.places import Place
 from slurm.supervise import Command, Supervised
@@ -144,10 +144,6 @@ class Agent:
         self._together: dict[str, Together] = {}
         self._unwritten = False
         self._ends_at: float | None = None
-        self._snapshot = fabric.Snapshot()
-        self._buses: tuple[str, ...] = ()
-        self._sound = asyncio.Event()
-        self._close_answering: Callable[[], object] = lambda: None
         # An agent begins with its process, imports included; the debug launcher's process began long before.
         self._started = time.monotonic() - (0.0 if job.launcher is Launcher.DEBUG else process_age_s())
         self._record = RankRecord(
@@ -161,6 +157,9 @@ class Agent:
             heartbeat=time.time(),
             members={},
             step=own_step(os.environ),
+        )
+        self._examination = Examination(
+            run, recipe, where, job.launcher, self._record, self._devices(), self._wait_for, stop
         )
 
     def kill(self) -> None:
@@ -185,15 +184,11 @@ class Agent:
             self._save()
 
     async def _run_rank(self, job_key: str) -> None:
-        wide = preflight.between(self._recipe, self._job.launcher, self._plan)
-        with ports.claim(job_key, self._rank) as block, contextlib.ExitStack() as open_until_the_end:
-            self._snapshot = await asyncio.to_thread(fabric.read, hosts.interfaces())
+        with ports.claim(job_key, self._rank) as block, contextlib.closing(self._examination):
+            self._examination.snapshot = await asyncio.to_thread(fabric.read, hosts.interfaces())
             self._record.address = self._address()
             self._record.port_base = block.base
-            if wide:  # before the record says where: others test the way as soon as they read it
-                answering = await probe.start(self._record.address, block.base + PREFLIGHT_PORT)
-                open_until_the_end.callback(answering.close)
-                self._close_answering = answering.close
+            await self._examination.listen()
             for member in self._plan.on(self._rank):
                 self._note(member.name, State.STARTING, 0, "")
             self._save()
@@ -204,8 +199,8 @@ class Agent:
                 async with asyncio.TaskGroup() as group:
                     background = [
                         group.create_task(self._heartbeat(), name="heartbeat"),
-                        group.create_task(self._preflight(), name="preflight"),
-                        group.create_task(self._offer(), name="offer"),
+                        group.create_task(self._examination.examine(), name="preflight"),
+                        group.create_task(self._examination.offer(), name="offer"),
                     ]
                     if self._rank == 0:
                         overseer = Overseer(self._run, self._recipe, self._plan, self._job, self._stop)
@@ -224,7 +219,7 @@ class Agent:
     async def _members(self, group: asyncio.TaskGroup) -> None:
         """Frontends (rank 0) and engine members, from their start to their end."""
         await self._wait_for_control()
-        await self._wait_for(self._sound.is_set, self._recipe.engine.ready_timeout_s, unless_stopped=True)
+        await self._wait_for(self._examination.sound.is_set, self._recipe.engine.ready_timeout_s, unless_stopped=True)
         frontends = [self._frontend(name) for name in self._plan.frontends] if self._rank == 0 else []
         leaders: list[Supervised] = []
         followers: list[tuple[Member, Supervised]] = []
@@ -306,8 +301,9 @@ class Agent:
 
     def _engine(self, member: Member) -> Supervised:
         place = Place(self._record.address, self._record.port_base)
-        mine = tuple(self._buses[slot] for slot in member.slots if slot < len(self._buses))
-        told = fabric.environment(self._snapshot, self._recipe.cluster, self._record.address, mine)
+        buses = self._examination.buses
+        mine = tuple(buses[slot] for slot in member.slots if slot < len(buses))
+        told = fabric.environment(self._examination.snapshot, self._recipe.cluster, self._record.address, mine)
         # What the user's own shell or the batch script's setup says wins; only `all` is never what anybody means.
         told = {name: value for name, value in told.items() if os.environ.get(name) in (None, "all")}
         invocation = commands.engine(self._recipe, member, self._run.path, place, self._devices(), told)
@@ -372,98 +368,15 @@ class Agent:
         cluster = self._recipe.cluster
         if cluster.interface is None and cluster.subnet is None:
             return hosts.address(cluster.hostname_suffix)
-        return str(fabric.address(self._snapshot, cluster).address)
+        return str(fabric.address(self._examination.snapshot, cluster).address)
 
     async def _only_preflight(self) -> None:
         """Test, tell, and end."""
         async with asyncio.TaskGroup() as group:
             heartbeat = group.create_task(self._heartbeat(), name="heartbeat")
-            group.create_task(self._offer(), name="offer")
-            await self._preflight()
+            group.create_task(self._examination.offer(), name="offer")
+            await self._examination.examine()
             heartbeat.cancel()
-
-    async def _offer(self) -> None:
-        """Hold a block for decode nodes to pull by NIXL, until every rank has reported."""
-        recipe, wide = self._recipe, preflight.between(self._recipe, self._job.launcher, self._plan)
-        if not wide or not preflight.offers_kv(recipe, self._plan, self._rank, preflight.nixl_installed()):
-            return
-        if recipe.preflight.kv is When.AUTO and not await self._decodes_elsewhere():
-            return
-        port, log_path = self._record.port_base + NIXL_PROBE_PORT, self._run.log_of(self._job.attempt, "nixl-probe")
-        async with probe.offering(
-            self._record.address, port, recipe.cluster.nixl_backends[0], self._probe_environment(), log_path
-        ):
-            await self._wait_for(self._all_reported, recipe.engine.ready_timeout_s, unless_stopped=True)
-
-    async def _decodes_elsewhere(self) -> bool:
-        """Whether a rank with decode engines is on another host than this one."""
-        ranks = {member.rank for member in self._plan.members if member.kind is Kind.DECODE}
-        for rank in ranks:
-            await self._wait_for_rank(rank)
-        found = self._run.ranks(self._job.attempt)
-        return any(found[rank].host != self._record.host for rank in ranks if rank in found)
-
-    def _all_reported(self) -> bool:
-        return len(self._run.preflights()) == self._plan.ranks
-
-    async def _preflight(self) -> None:
-        """Test this node before its engines start, and answer the tests of the others until all have reported.
-
-        Raises:
-            PreflightError: It is not fit; says why, and what to do.
-        """
-        recipe = self._recipe
-        if recipe.preflight.level is Level.OFF:
-            self._sound.set()
-            return
-        wide = preflight.between(recipe, self._job.launcher, self._plan)
-        take = functools.partial(preflight.gather, recipe, self._rank, self._run.path, self._snapshot, dict(os.environ))
-        report, facts = await preflight.examine(
-            recipe, self._plan, self._job.attempt, self._rank, take, self._devices(), self._test if wide else None
-        )
-        self._run.put_preflight(self._rank, msgspec.json.format(msgspec.json.encode(report)))
-        self._buses = preflight.buses(facts, self._devices())
-        if report.failed and not self._stop.is_set():  # a peer that was stopped before it began is no fault
-            # The others' tests of this node are not to fail because it has gone.
-            await self._tell_verdict(recipe.preflight.timeout_s)
-            raise preflight.PreflightError(report)
-        self._sound.set()
-        await self._tell_verdict(recipe.engine.ready_timeout_s)
-        self._close_answering()
-
-    async def _test(self, peer: int) -> probe.Link:
-        """Test the way to another rank, once it is there."""
-        await self._wait_for_rank(peer)
-        record = self._run.rank(self._job.attempt, peer)
-        if record is None:  # we were asked to stop meanwhile
-            return probe.Link(peer=peer, host="", address="", error="it did not start")
-        timeout_s = self._recipe.preflight.timeout_s
-        link = await probe.measure(peer, record.host, record.address, record.port_base + PREFLIGHT_PORT, timeout_s)
-        elsewhere, installed = record.host != self._record.host, preflight.nixl_installed()
-        if link.error is None and preflight.moves_kv(self._recipe, self._plan, self._rank, peer, elsewhere, installed):
-            port, backend = record.port_base + NIXL_PROBE_PORT, self._recipe.cluster.nixl_backends[0]
-            await probe.pull(link, record.address, port, backend, self._probe_environment(), timeout_s)
-        return link
-
-    def _probe_environment(self) -> dict[str, str]:
-        """As an engine's, with all usable devices of the node."""
-        told = fabric.environment(self._snapshot, self._recipe.cluster, self._record.address, ())
-        return {**told, **os.environ}
-
-    async def _tell_verdict(self, timeout_s: float) -> None:
-        """Wait until every rank has reported; rank 0 then publishes and logs it all."""
-        reports: list[preflight.Report] = []
-
-        def all_there() -> bool:
-            nonlocal reports
-            if len(found := self._run.preflights()) == self._plan.ranks:
-                reports = [msgspec.json.decode(content, type=preflight.Report) for content in found]
-            return len(reports) == self._plan.ranks
-
-        there = await self._wait_for(all_there, timeout_s, unless_stopped=True)
-        if there and reports and self._rank == 0:
-            self._run.put_preflight(None, msgspec.json.format(msgspec.json.encode(reports)))
-            log.info("preflight:\n%s", preflight.table(reports))
 
     # --- what the other ranks say ---------------------------------------------------------------------------------
 

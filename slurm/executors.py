@@ -76,6 +76,11 @@ def check(launcher: Launcher, recipe: Recipe, plan: Plan, gpus_here: int) -> Non
         SubmitError: There is no Slurm here.
         PlanError: The deployment does not fit this machine.
     """
+    if recipe.environment.kind != "here" and launcher in (Launcher.LOCAL, Launcher.DEBUG):
+        raise SubmitError(
+            f"environment.kind={recipe.environment.kind} is for jobs: launcher={launcher} runs in the Python that launches; "
+            "use launcher=slurm or allocation, or environment.kind=here"
+        )
     if launcher is Launcher.SLURM:
         for name in ("sbatch", "srun"):
             if shutil.which(name) is None:

@@ -181,6 +181,13 @@ def test_without_slurm_the_refusal_says_where_to_go(monkeypatch: pytest.MonkeyPa
         executors.check(Launcher.SLURM, recipe, plan(recipe), 0)
 
 
+def test_another_environment_is_refused_where_nothing_would_enter_it() -> None:
+    """Agents on this machine run in the Python that launches them."""
+    recipe = read(["+recipe=tiny_agg", "environment.kind=conda", "environment.path=/project/envs/baton"]).recipe
+    with pytest.raises(SubmitError, match="environment.kind=conda is for jobs"):
+        executors.check(Launcher.LOCAL, recipe, plan(recipe), 0)
+
+
 @pytest.mark.parametrize(
     ("overrides", "gpus", "message"),
     [

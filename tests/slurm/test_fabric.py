@@ -9,9 +9,11 @@ import pytest
 
 from launch.compose import read
 from launch.errors import LaunchError
+from launch.plan import plan
 from launch.recipe import Cluster, Fabric
-from slurm import fabric
+from slurm import commands, fabric
 from slurm.fabric import Snapshot
+from slurm.places import Place
 from tests.slurm import machines
 
 ADDRESSES = {
@@ -146,6 +148,17 @@ def test_an_interface_that_is_not_there_lists_those_that_are(tmp_path: Path) -> 
         LaunchError, match=r"no interface hsn0\*.*in 10.0.0.0/8.*ib0 \(10.1.0.1\).*correct cluster.subnet"
     ):
         fabric.address(snapshot("dgx_h100", tmp_path), cluster("perlmutter", "cluster.subnet=10.0.0.0/8"))
+
+
+def test_the_recipes_own_environment_wins_over_what_was_found() -> None:
+    """A user who names a device means it."""
+    recipe = read(["+recipe=tiny_agg", "engine.env.UCX_NET_DEVICES=mlx5_7:1"]).recipe
+    (member,) = plan(recipe).members
+    found = {"UCX_NET_DEVICES": "mlx5_0:1", "GLOO_SOCKET_IFNAME": "ib0"}
+
+    env = commands.engine(recipe, member, Path("/runs/x"), Place("10.0.0.1", 20000), None, found).env
+
+    assert (env["UCX_NET_DEVICES"], env["GLOO_SOCKET_IFNAME"]) == ("mlx5_7:1", "ib0")
 
 
 def test_this_machine_can_be_read() -> None:

@@ -36,7 +36,7 @@ def kv(running: Deployment, name: str, frontend: str = "frontend-0", **labels: s
 
 def health(running: Deployment) -> dict[str, str]:
     """What the frontend says of itself."""
-    said: dict[str, str] = running.http.get(f"{running.endpoint.url.removesuffix('/v1')}/health").json()
+    said: dict[str, str] = running.http.get(f"{running.endpoint.urls[0].removesuffix('/v1')}/health").json()
     return said
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from launch.plan import ETCD_PORT, FRONTEND_PORT, NATS_PORT, plan
+from launch.plan import ETCD_PORT, NATS_PORT, SHARED_PORT, plan
 from launch.records import Control
 from slurm.children import group_members
 from tests.deployments import Deployment, processes_of, targets
@@ -57,7 +57,7 @@ def own_ports(running: Deployment) -> dict[int, str]:
     """Every port that the plan knows of, and what is there."""
     ranks = running.run.ranks(1)
     base = ranks[0].port_base
-    found = {base + NATS_PORT: "nats", base + ETCD_PORT: "etcd", base + FRONTEND_PORT: "frontend"}
+    found = {base + NATS_PORT: "nats", base + ETCD_PORT: "etcd", base + SHARED_PORT: "frontend"}
     for member in plan(running.run.recipe()).members:
         found[ranks[member.rank].port_base + member.ports.requests] = "requests"
         found[ranks[member.rank].port_base + member.ports.metrics] = "page"

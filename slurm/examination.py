@@ -1,0 +1,167 @@
+"""The preflight of one rank, done: it tests its node and the way to its peers, answers the tests of others, and tells.
+
+Every rank writes what it found; rank 0 puts all of it together in `preflight.json`, which is also how the others know that
+nobody tests them any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import msgspec
+
+from launch.plan import NIXL_PROBE_PORT, PREFLIGHT_PORT, Plan
+from launch.recipe import Kind, Launcher, Level, Recipe, When
+from launch.records import RankRecord, RunDirectory
+from slurm import fabric, preflight, probe
+from slurm.fabric import Snapshot
+from slurm.preflight import PreflightError, Report
+from slurm.probe import Link
+
+log = logging.getLogger(__name__)
+
+
+class Waiting(Protocol):
+    """How the agent waits: polls until a condition holds, it is asked to stop, or the time is over."""
+
+    def __call__(
+        self, condition: Callable[[], bool], timeout_s: float, unless_stopped: bool = False
+    ) -> Awaitable[bool]:
+        """Whether the condition held."""
+        ...
+
+
+class Examination:
+    """What one rank does before its engines start. `sound` is set once it may start them."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        recipe: Recipe,
+        plan: Plan,
+        launcher: Launcher,
+        record: RankRecord,
+        visible: tuple[str, ...] | None,
+        waiting: Waiting,
+        stop: asyncio.Event,
+    ) -> None:
+        self.sound = asyncio.Event()
+        self.buses: tuple[str, ...] = ()
+        self.snapshot = Snapshot()
+        self._run = run
+        self._recipe = recipe
+        self._plan = plan
+        self._record = record
+        self._visible = visible
+        self._waiting = waiting
+        self._stop = stop
+        self._wide = preflight.between(recipe, launcher, plan)
+        self._answering: asyncio.Server | None = None
+
+    async def listen(self) -> None:
+        """Answer the tests of others; before the record says where, as they test as soon as they read it."""
+        if self._wide:
+            self._answering = await probe.start(self._record.address, self._record.port_base + PREFLIGHT_PORT)
+
+    def close(self) -> None:
+        """Answer no more."""
+        if self._answering:
+            self._answering.close()
+
+    async def examine(self) -> None:
+        """Test, write what was found, and wait until all ranks have.
+
+        Raises:
+            PreflightError: This node is not fit; says why, and what to do.
+        """
+        recipe = self._recipe
+        if recipe.preflight.level is Level.OFF:
+            self.sound.set()
+            return
+        report = await self._report()
+        self._run.put_preflight(report.rank, msgspec.json.format(msgspec.json.encode(report)))
+        if report.failed and not self._stop.is_set():  # a peer that was stopped before it began is no fault
+            # The others' tests of this node are not to fail because it has gone.
+            await self._tell_verdict(recipe.preflight.timeout_s)
+            raise PreflightError(report)
+        self.sound.set()
+        await self._tell_verdict(recipe.engine.ready_timeout_s)
+        self.close()
+
+    async def offer(self) -> None:
+        """Hold a block for decode nodes to pull by NIXL, until every rank has reported."""
+        recipe, installed = self._recipe, preflight.nixl_installed()
+        if not self._wide or not preflight.offers_kv(recipe, self._plan, self._record.rank, installed):
+            return
+        if recipe.preflight.kv is When.AUTO and not await self._decodes_elsewhere():
+            return
+        port, log_path = self._record.port_base + NIXL_PROBE_PORT, self._run.log_of(self._record.attempt, "nixl-probe")
+        backend, env = recipe.cluster.nixl_backends[0], self._probe_environment()
+        async with probe.offering(self._record.address, port, backend, env, log_path):
+            await self._waiting(self._all_reported, recipe.engine.ready_timeout_s, unless_stopped=True)
+
+    async def _report(self) -> Report:
+        rank, environ = self._record.rank, dict(os.environ)
+        take = functools.partial(preflight.gather, self._recipe, rank, self._run.path, self.snapshot, environ)
+        test = self._test if self._wide else None
+        report, facts = await preflight.examine(
+            self._recipe, self._plan, self._record.attempt, rank, take, self._visible, test
+        )
+        self.buses = preflight.buses(facts, self._visible)
+        return report
+
+    async def _test(self, peer: int) -> Link:
+        """Test the way to another rank, once it is there."""
+        recipe = self._recipe
+        await self._waiting(lambda: self._peer(peer) is not None, recipe.engine.ready_timeout_s, unless_stopped=True)
+        record = self._peer(peer)
+        if record is None:
+            return Link(peer=peer, host="", address="", error="it did not start")
+        timeout_s = recipe.preflight.timeout_s
+        link = await probe.measure(peer, record.host, record.address, record.port_base + PREFLIGHT_PORT, timeout_s)
+        elsewhere, installed = record.host != self._record.host, preflight.nixl_installed()
+        if not link.error and preflight.moves_kv(recipe, self._plan, self._record.rank, peer, elsewhere, installed):
+            port, backend = record.port_base + NIXL_PROBE_PORT, recipe.cluster.nixl_backends[0]
+            await probe.pull(link, record.address, port, backend, self._probe_environment(), timeout_s)
+        return link
+
+    def _peer(self, rank: int) -> RankRecord | None:
+        with contextlib.suppress(OSError):  # the shared file system has a bad moment: look again
+            return self._run.rank(self._record.attempt, rank)
+        return None
+
+    async def _decodes_elsewhere(self) -> bool:
+        """Whether a rank with decode engines is on another host than this one."""
+        ranks = {member.rank for member in self._plan.members if member.kind is Kind.DECODE}
+
+        def all_there() -> bool:
+            return all(self._peer(rank) is not None for rank in ranks)
+
+        await self._waiting(all_there, self._recipe.engine.ready_timeout_s, unless_stopped=True)
+        found = [self._peer(rank) for rank in ranks]
+        return any(record is not None and record.host != self._record.host for record in found)
+
+    def _probe_environment(self) -> dict[str, str]:
+        """As an engine's, with all usable devices of the node."""
+        return {**fabric.environment(self.snapshot, self._recipe.cluster, self._record.address, ()), **os.environ}
+
+    def _all_reported(self) -> bool:
+        """Rank 0 counts the reports, the others look for what it makes of them: one file for each, not all for all."""
+        if self._record.rank:
+            return self._run.preflight_file.exists()
+        return self._run.preflights_written() == self._plan.ranks
+
+    async def _tell_verdict(self, timeout_s: float) -> None:
+        """Wait until every rank has reported; rank 0 then publishes and logs it all."""
+        await self._waiting(self._all_reported, timeout_s, unless_stopped=True)
+        if self._record.rank or not self._all_reported():
+            return
+        reports = [msgspec.json.decode(content, type=Report) for content in self._run.preflights()]
+        self._run.put_preflight(None, msgspec.json.format(msgspec.json.encode(reports)))
+        log.info("preflight:\n%s", preflight.table(reports))
