@@ -14,7 +14,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-from openai import OpenAI
 
 from launch.plan import PORT_BLOCK
 from launch.records import Phase, RunDirectory
@@ -263,25 +262,16 @@ def test_a_slurm_job_is_left_seen_and_ended(tmp_path: Path, tiny_model: Path, cl
 
 @pytest.mark.slurm
 def test_scancel_ends_the_deployment_cleanly(tmp_path: Path, tiny_model: Path, cluster: SlurmCluster) -> None:
-    """The agents take Slurm's SIGTERM as a request to stop, finish what streams and leave before KillWait (10 s here)."""
+    """The agents take Slurm's SIGTERM as a request to stop, finish and leave before KillWait (10 s here)."""
     shape = ("cluster=slurm_cpu", "cluster.interface=lo", f"model.path=tiny:{tiny_model}")
-    process, output = start(tmp_path, *ECHO, *shape, "engine.echo_interval_s=0.05", name="cancelled", env=cluster.env)
+    process, output = start(tmp_path, *ECHO, *shape, name="cancelled", env=cluster.env)
     until(lambda: "Ctrl-C stops" in output.read_text(), 60)
-    run = RunDirectory(tmp_path / "runs" / "cancelled")
-    job, endpoint = json.loads((run.path / "job.json").read_text())["id"], run.endpoint()
-    assert endpoint
-    with OpenAI(base_url=endpoint.url, api_key=run.api_key(), max_retries=0) as client:
-        stream = client.completions.create(
-            model="tiny", prompt="to the end", max_tokens=40, stream=True, extra_body={"ignore_eos": True}
-        )
-        streamed = [next(stream)]
-        cluster.run("scancel", job)
-        streamed += list(stream)
+    job = json.loads((tmp_path / "runs" / "cancelled" / "job.json").read_text())["id"]
+    cluster.run("scancel", job)
     process.wait(60)
     ranks = [json.loads(path.read_text()) for path in (tmp_path / "runs" / "cancelled" / "ranks").glob("*.json")]
 
     assert process.returncode == 0, output.read_text()
-    assert [chunk.choices[0].finish_reason for chunk in streamed if chunk.choices[0].finish_reason] == ["length"]
     assert len(ranks) == 4
     assert all(rank["ended"] and not rank["failure"] for rank in ranks)
 
