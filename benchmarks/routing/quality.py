@@ -84,6 +84,7 @@ class Ask:
     prompt: bytes
     session: str
     adapter: str = ""
+    media: bool = False
     wishes: Wishes = field(default_factory=Wishes)
 
 

@@ -53,6 +53,7 @@ class Ask:
 
     prompt: bytes
     adapter: str = ""
+    media: bool = False
     wishes: Wishes = field(default_factory=Wishes)
 
 

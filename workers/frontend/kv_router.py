@@ -42,6 +42,11 @@ class Ask(Protocol):
         ...
 
     @property
+    def media(self) -> bool:
+        """Whether it has images or the like: its token ids then do not say what its blocks hold."""
+        ...
+
+    @property
     def wishes(self) -> Wishes:
         """What the client said of who should answer."""
         ...
