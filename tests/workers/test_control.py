@@ -160,6 +160,26 @@ async def test_a_registration_survives_the_loss_of_etcd_and_of_its_data(control:
         follower.cancel()
 
 
+async def test_a_client_that_has_left_holds_no_connection(control: Control, tmp_path: Path) -> None:
+    """Not even that of a watch that was cancelled, which has a farewell to say over TLS."""
+    async with running(etcd_server(control, tmp_path), tmp_path):
+        before = _sockets()
+        async with client(control) as etcd, asyncio.TaskGroup() as group:
+            follower = group.create_task(follow(etcd, "d", lambda cards: None))
+            await asyncio.sleep(0.3)
+            assert _sockets() > before
+            follower.cancel()
+        assert _sockets() == before
+
+
+def _sockets() -> int:
+    return sum("socket:" in os.readlink(f"/proc/self/fd/{name}") for name in _descriptors())
+
+
+def _descriptors() -> list[str]:
+    return [name for name in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{name}")]
+
+
 async def test_what_is_no_card_is_left_out(control: Control, tmp_path: Path) -> None:
     """Found at the start or later, and whoever follows goes on."""
     views: list[dict[str, Card]] = []

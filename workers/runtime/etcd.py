@@ -7,6 +7,7 @@ vLLM's, and the complete one blocks.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import json
@@ -21,6 +22,7 @@ import aiohttp
 from launch.records import Control
 
 CALL_TIMEOUT_S = 3.0
+FAREWELL_S = 0.1
 
 
 class EtcdError(Exception):
@@ -58,8 +60,11 @@ class Etcd:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._session:
+        if self._session and self._session.connector:
+            await self._session.connector.close(abort_ssl=True)
             await self._session.close()
+            # A watch that was cancelled says TLS's farewell, for which aiohttp does not wait: it would outlive the loop.
+            await asyncio.sleep(FAREWELL_S)
 
     async def put(self, key: str, value: bytes, lease: int = 0) -> None:
         """Set a key, bound to a lease unless that is 0."""
