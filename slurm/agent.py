@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import math
 import os
 import secrets
 import signal
@@ -82,17 +83,19 @@ async def _serve(run: RunDirectory, ranks: Sequence[int], job_key: str) -> None:
 def _install_signals(stop: asyncio.Event, notice: asyncio.Event, agents: list[Agent]) -> None:
     """SIGTERM, SIGINT, USR2 and what `launch.stop` sends ask for the end; a second SIGTERM or SIGINT ends everything at once.
 
+    One that comes within a moment is the same wish: scancel's comes from Slurm and from srun.
     Slurm's notice before the time limit only announces it. What came before we listened counts as well.
     """
-    insisted = 0
+    asked_at = math.inf
 
     def insist() -> None:
-        nonlocal insisted
-        insisted += 1
-        if insisted > 1:
+        nonlocal asked_at
+        now = time.monotonic()
+        if now - asked_at > signals.AGAIN_AFTER_S:
             log.warning("asked again: ending everything now")
             for agent in agents:
                 agent.kill()
+        asked_at = min(asked_at, now)
         stop.set()
 
     loop = asyncio.get_running_loop()

@@ -14,6 +14,8 @@ NOTICE = signal.SIGUSR1
 # ignore, unless they ask for it, and so do other programs' servers.
 STOP = signal.SIGURG
 HELD = (signal.SIGTERM, NOTICE, STOP, signal.SIGUSR2)
+# scancel's SIGTERM comes from Slurm and from srun, which passes its own on: one wish, told twice within a moment.
+AGAIN_AFTER_S = 0.3
 _came: list[signal.Signals] = []
 
 

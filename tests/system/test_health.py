@@ -21,6 +21,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from slurm.children import group_members
+from slurm.signals import AGAIN_AFTER_S
 from tests.deployments import Deployment, deployed, targets
 from tests.reference import CPU_ENV, complete
 from tests.system.test_lifecycle import until
@@ -271,7 +272,8 @@ def test_a_second_sigterm_ends_a_worker_at_once(split: Deployment) -> None:
             asked = [pool.submit(complete, split.client, f"twice {i}", False) for i in range(4)]
             until(lambda: split.metric("prefill-0", "baton_worker_kv_usage_ratio") > 0)
             os.kill(members["prefill-0"], signal.SIGTERM)
-            until(lambda: not well(split, "prefill-0"))
+            told = time.monotonic()
+            until(lambda: not well(split, "prefill-0") and time.monotonic() - told > 2 * AGAIN_AFTER_S)
             os.kill(members["prefill-0"], signal.SIGTERM)
             ended_s = until(lambda: gone(members["prefill-0"]), 5)
             until(lambda: not group_members(members["prefill-0"]), 5)

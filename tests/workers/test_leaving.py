@@ -78,7 +78,7 @@ import asyncio
 from workers.engine.leaving import Stop
 
 async def main():
-    stop = Stop()
+    stop = Stop(again_after_s=0.2)
     print("ready", flush=True)
     await stop.asked.wait()
     print("asked", flush=True)
@@ -89,12 +89,15 @@ asyncio.run(main())
 
 
 def test_a_second_sigterm_ends_the_process_at_once() -> None:
-    """With a code that is no success, and no wait for anything."""
+    """With a code that is no success, and no wait for anything; unless it comes within a moment of the first."""
     with subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)
         assert process.stdout.readline() == "asked\n"
+        process.send_signal(signal.SIGTERM)  # Slurm and srun both tell it: no second wish
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.4)
         asked = time.monotonic()
         process.send_signal(signal.SIGTERM)
         code = process.wait(10)

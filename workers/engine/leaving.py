@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Mapping
 
+from slurm.signals import AGAIN_AFTER_S
 from workers.engine.base import Engine
 from workers.engine.metrics import EngineStats
 
@@ -29,17 +30,23 @@ TOLD_TWICE = 128 + signal.SIGTERM
 
 
 class Stop:
-    """SIGTERM or SIGINT, once or twice; install it in the loop."""
+    """SIGTERM or SIGINT, once or twice; install it in the loop. What comes within `again_after_s` is the same wish."""
 
-    def __init__(self) -> None:
+    def __init__(self, again_after_s: float = AGAIN_AFTER_S) -> None:
         self.asked = asyncio.Event()
+        self._asked_at = 0.0
+        self._again_after_s = again_after_s
         for signum in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(signum, self._ask)
 
     def _ask(self) -> None:
+        now = time.monotonic()
+        if self.asked.is_set() and now - self._asked_at < self._again_after_s:
+            return
         if self.asked.is_set():
             log.warning("asked again: ending at once")
             leave_at_once(TOLD_TWICE)
+        self._asked_at = now
         self.asked.set()
 
 
