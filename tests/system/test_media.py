@@ -244,12 +244,12 @@ async def test_an_answer_about_an_image_goes_on_as_if_it_had_not_been_cut(pool: 
         max_tokens=case.body["max_tokens"],
     )
     whole = Recorder()
-    last = await ask(pool, question, whole.write, relay=whole)
+    last = await ask(pool, question, whole)
     expected = client_sees(whole.data + last.data, stream)
     for cut in (1, 7, 19):
         ids, told = whole.after(cut)
         rest = Recorder(ids)
-        end = await ask(pool, question, rest.write, relay=rest)
+        end = await ask(pool, question, rest)
 
         assert client_sees(told + rest.data + end.data, stream) == expected, cut
         assert counted(end) == counted(last)

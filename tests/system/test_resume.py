@@ -90,14 +90,14 @@ async def test_an_answer_goes_on_as_if_it_had_not_been_cut(
     """The same bytes to the client, but for where events are parted; usage counts each token once; for many cuts."""
     question = asked(CASES[name], Text(tiny_model), stream)
     whole = Recorder()
-    last = await answer(pool, question, whole.write, relay=whole)
+    last = await answer(pool, question, whole)
     tokens = last.completion_tokens
     expected = client_sees(whole.data + last.data, stream)
 
     for cut in sorted({1, 2, 3, tokens // 3, tokens // 2, tokens - 2, tokens - 1} & set(range(1, tokens))):
         ids, said = whole.after(cut)
         rest = Recorder(ids)
-        end = await answer(pool, question, rest.write, relay=rest)
+        end = await answer(pool, question, rest)
 
         assert client_sees(said + rest.data + end.data, stream) == expected, cut
         assert counted(end) == counted(last)
@@ -112,14 +112,14 @@ async def test_messages_and_responses_go_on_as_if_they_had_not_been_cut(
     chat = asked(CASES[name], Text(tiny_model), True)
     question = replace(chat, render=msgspec.structs.replace(chat.render, shape=shape, head=f'{{"id":"{shape}-{name}",'))
     whole = Recorder()
-    last = await answer(pool, question, whole.write, relay=whole)
+    last = await answer(pool, question, whole)
     tokens = last.completion_tokens
     expected = events_of((whole.data + last.data).decode())
 
     for cut in sorted({1, 2, tokens // 3, tokens // 2, tokens - 1} & set(range(1, tokens))):
         ids, said = whole.after(cut)
         rest = Recorder(ids)
-        end = await answer(pool, question, rest.write, relay=rest)
+        end = await answer(pool, question, rest)
         found = events_of((said + rest.data + end.data).decode())
         numbers = [event["sequence_number"] for event in found if "sequence_number" in event]
 

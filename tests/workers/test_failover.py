@@ -17,7 +17,7 @@ from tests.workers.test_request_plane import Plane, Worker, pieces, plane, quest
 from workers.engine.base import Ask, Piece
 from workers.engine.echo import EchoEngine
 from workers.frontend.errors import ApiError
-from workers.frontend.exchange import answer
+from workers.frontend.exchange import Relay, answer
 
 __all__ = ["plane"]  # the fixture
 
@@ -70,7 +70,7 @@ async def test_a_worker_lost_at_any_token_costs_none(
     asked = question(tokens=7, max_tokens=TOKENS)
     alone = b"".join([data async for data in pieces(second, asked)])
     written: list[bytes] = []
-    task = asyncio.create_task(answer(plane.pool, asked, written.append))
+    task = asyncio.create_task(answer(plane.pool, asked, Relay(written.append)))
     await first.busy()
     while len(written) < at:
         await asyncio.sleep(0.001)
@@ -87,7 +87,7 @@ async def test_a_request_costs_no_more_workers_than_the_recipe_allows(plane: Pla
     plane.pool.attempts = attempts
     workers = [plane.add(interval_s=60) for _ in range(5)]
     await plane.ready(5)
-    task = asyncio.create_task(answer(plane.pool, question(), lambda data: None))
+    task = asyncio.create_task(answer(plane.pool, question(), Relay(lambda data: None)))
     for _ in range(attempts):
         async with asyncio.timeout(5):
             while not (busy := [worker for worker in workers if worker.server.streams]):
@@ -125,7 +125,7 @@ async def test_a_lost_prefill_worker_costs_nothing(plane: Plane, moment: str) ->
     if moment == "after":
         held.let_go.set()
     written: list[bytes] = []
-    task = asyncio.create_task(answer(plane.pool, asked, written.append))
+    task = asyncio.create_task(answer(plane.pool, asked, Relay(written.append)))
     if moment == "during":
         await asyncio.wait_for(held.begun.wait(), 5)
         first.die()

@@ -18,7 +18,7 @@ import pytest
 
 from launch.recipe import Kind
 from tests.workers.test_request_plane import Plane, Worker, pieces, plane, question
-from workers.frontend.exchange import answer
+from workers.frontend.exchange import Relay, answer
 
 __all__ = ["plane"]  # the fixture
 
@@ -112,7 +112,7 @@ async def test_a_path_that_swallows_everything_costs_the_stall_timeout_and_no_to
             written.append(data)
             moments.append(time.monotonic())
 
-        task = asyncio.create_task(answer(plane.pool, asked, write))
+        task = asyncio.create_task(answer(plane.pool, asked, Relay(write)))
         while len(written) < 10:
             await asyncio.sleep(0.005)
         near = plane.add()
@@ -120,7 +120,7 @@ async def test_a_path_that_swallows_everything_costs_the_stall_timeout_and_no_to
         path.open.clear()
         done = await asyncio.wait_for(task, STALL_S + 3)
         after = len(written)
-        others = [await asyncio.wait_for(answer(plane.pool, asked, lambda data: None), 1) for _ in range(4)]
+        others = [await asyncio.wait_for(answer(plane.pool, asked, Relay(lambda data: None)), 1) for _ in range(4)]
         path.open.set()
         await plane.ready(2)
         async with asyncio.timeout(5):
@@ -147,7 +147,7 @@ async def test_a_bad_path_is_slow_and_nothing_else(plane: Plane, kind: str) -> N
         alone = b"".join([data async for data in pieces(far, asked)])
         written: list[list[bytes]] = [[] for _ in range(8)]
         dones = await asyncio.wait_for(
-            asyncio.gather(*(answer(plane.pool, asked, item.append) for item in written)), 20
+            asyncio.gather(*(answer(plane.pool, asked, Relay(item.append)) for item in written)), 20
         )
 
     assert [b"".join(item) + done.data for item, done in zip(written, dones, strict=True)] == [alone] * 8
@@ -160,7 +160,7 @@ async def test_a_worker_that_etcd_has_forgotten_is_asked_as_long_as_it_is_heard(
     await plane.ready(1)
     plane.links.update({})
     await asyncio.sleep(STALL_S + 0.5)
-    done = await asyncio.wait_for(answer(plane.pool, question(), lambda data: None), 2)
+    done = await asyncio.wait_for(answer(plane.pool, question(), Relay(lambda data: None)), 2)
 
     assert done.completion_tokens == 16
     assert [link.listed for link in plane.links] == [False]

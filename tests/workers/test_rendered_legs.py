@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from launch.recipe import Kind
 from tests.workers.test_request_plane import RENDER, Plane, Worker, plane
 from workers.engine.base import Ask, Piece
-from workers.frontend.exchange import Question, answer
+from workers.frontend.exchange import Question, Relay, answer
 
 assert plane  # the fixture
 SOURCE = b'{"messages":[{"role":"user","content":"the river"}]}'
@@ -50,7 +50,7 @@ async def test_one_worker_makes_the_prompt_and_counts_it(plane: Plane, ids: list
     """The frontend does not know its length before."""
     plane.add()
     await plane.ready(1)
-    done = await answer(plane.pool, QUESTION, lambda data: None)
+    done = await answer(plane.pool, QUESTION, Relay(lambda data: None))
 
     assert (done.prompt_tokens, done.completion_tokens) == (len(ids), 8)
 
@@ -63,7 +63,7 @@ async def test_the_prefill_makes_the_prompt_and_the_decode_gets_its_ids(
     spied(plane.add(Kind.PREFILL), asks)
     spied(plane.add(Kind.DECODE), asks)
     await plane.ready(2)
-    done = await answer(plane.pool, QUESTION, lambda data: None)
+    done = await answer(plane.pool, QUESTION, Relay(lambda data: None))
 
     assert plane.legs == [Kind.PREFILL, Kind.DECODE]
     assert [(kind, ask.prompt, ask.source) for kind, (ask,) in asks.items()] == [
@@ -81,7 +81,7 @@ async def test_an_encode_engine_makes_the_prompt_for_all_that_follow(
     for kind in (Kind.ENCODE, Kind.PREFILL, Kind.DECODE):
         spied(plane.add(kind), asks)
     await plane.ready(3)
-    await answer(plane.pool, QUESTION, lambda data: None)
+    await answer(plane.pool, QUESTION, Relay(lambda data: None))
 
     assert plane.legs == [Kind.ENCODE, Kind.PREFILL, Kind.DECODE]
     assert [(kind, ask.prompt, ask.source) for kind, (ask,) in asks.items()] == [
@@ -90,7 +90,7 @@ async def test_an_encode_engine_makes_the_prompt_for_all_that_follow(
         ("decode", ids, b""),
     ]
     plane.legs.clear()
-    await answer(plane.pool, replace(QUESTION, media=False), lambda data: None)
+    await answer(plane.pool, replace(QUESTION, media=False), Relay(lambda data: None))
 
     assert plane.legs == [Kind.PREFILL, Kind.DECODE]
 
@@ -108,7 +108,7 @@ async def test_without_encode_engines_whoever_computes_the_prompt_encodes(plane:
         yield Piece((), "", "length")
 
     encoder.engine.generate = never  # type: ignore[method-assign]  # an engine that is busy when its worker is killed
-    task = asyncio.create_task(answer(plane.pool, QUESTION, lambda data: None))
+    task = asyncio.create_task(answer(plane.pool, QUESTION, Relay(lambda data: None)))
     await asyncio.wait_for(stuck.wait(), 5)
     encoder.die()
     done = await asyncio.wait_for(task, 5)
@@ -124,9 +124,9 @@ async def test_an_answer_goes_on_elsewhere_from_the_same_source(plane: Plane, id
     await plane.ready(2)
     asked = replace(QUESTION, max_tokens=40)
     whole: list[bytes] = []
-    alone = await answer(plane.pool, asked, whole.append)
+    alone = await answer(plane.pool, asked, Relay(whole.append))
     written: list[bytes] = []
-    task = asyncio.create_task(answer(plane.pool, asked, written.append))
+    task = asyncio.create_task(answer(plane.pool, asked, Relay(written.append)))
     while len(written) < 5:
         await asyncio.sleep(0.01)
     plane.workers[1].die()

@@ -26,7 +26,7 @@ from workers.engine.echo import EchoEngine
 from workers.engine.render import Choice
 from workers.engine.server import RequestServer
 from workers.frontend.errors import ApiError
-from workers.frontend.exchange import Pool, Question, Releaser, answer
+from workers.frontend.exchange import Pool, Question, Relay, Releaser, answer
 from workers.frontend.links import Links
 from workers.frontend.local import LocalPrefill, Reason
 from workers.frontend.router import mode
@@ -139,7 +139,7 @@ async def test_an_answer_streams_and_counts(plane: Plane) -> None:
     plane.add()
     await plane.ready(1)
     written: list[bytes] = []
-    done = await answer(plane.pool, question(), written.append)
+    done = await answer(plane.pool, question(), Relay(written.append))
 
     assert (done.prompt_tokens, done.completion_tokens) == (8, 16)
     assert (b"".join(written) + done.data).count(b"data: ") == 16
@@ -150,7 +150,7 @@ async def test_a_worker_lost_before_the_first_byte_costs_another_attempt(plane: 
     first = plane.add(interval_s=60)
     plane.add()
     await plane.ready(2)
-    task = asyncio.create_task(answer(plane.pool, question(), lambda data: None))
+    task = asyncio.create_task(answer(plane.pool, question(), Relay(lambda data: None)))
     await first.busy()
     first.die()
     done = await asyncio.wait_for(task, 5)
@@ -173,7 +173,7 @@ async def test_a_worker_lost_in_mid_stream_is_followed_by_another(plane: Plane) 
 
     asked = question(tokens=7, max_tokens=60)
     alone = [data async for data in pieces(second, asked)]
-    task = asyncio.create_task(answer(plane.pool, asked, write))
+    task = asyncio.create_task(answer(plane.pool, asked, Relay(write)))
     while len(written) < 10:
         await asyncio.sleep(0.01)
     first.die()
@@ -197,7 +197,7 @@ async def test_a_stream_that_nobody_can_go_on_with_ends_with_an_error_at_once(pl
     worker = plane.add(interval_s=0.02)
     await plane.ready(1)
     written: list[bytes] = []
-    task = asyncio.create_task(answer(plane.pool, question(max_tokens=1000), written.append))
+    task = asyncio.create_task(answer(plane.pool, question(max_tokens=1000), Relay(written.append)))
     while not written:
         await asyncio.sleep(0.01)
     worker.die()
@@ -213,7 +213,7 @@ async def test_a_silent_worker_leaves_the_routing_and_comes_back(plane: Plane) -
     """After the stall timeout; its streams are given up, and cancelled at the worker."""
     worker = plane.add(interval_s=60)
     await plane.ready(1)
-    task = asyncio.create_task(answer(plane.pool, question(), lambda data: None))
+    task = asyncio.create_task(answer(plane.pool, question(), Relay(lambda data: None)))
     await worker.busy()
     announce = worker.server.announce
     worker.server.announce = lambda: None  # type: ignore[method-assign]  # stands for SIGSTOP, which would stop us too
@@ -232,7 +232,7 @@ async def test_a_cancelled_request_ends_at_the_worker(plane: Plane) -> None:
     """Within a second."""
     worker = plane.add(interval_s=60)
     await plane.ready(1)
-    task = asyncio.create_task(answer(plane.pool, question(), lambda data: None))
+    task = asyncio.create_task(answer(plane.pool, question(), Relay(lambda data: None)))
     await worker.busy()
     task.cancel()
     async with asyncio.timeout(1):
@@ -263,10 +263,10 @@ async def test_a_draining_worker_gets_nothing_new_and_finishes_what_runs(plane: 
     leaving = plane.add(interval_s=0.02)
     plane.add()
     await plane.ready(2)
-    running = asyncio.create_task(answer(plane.pool, question(max_tokens=20), lambda data: None))
+    running = asyncio.create_task(answer(plane.pool, question(max_tokens=20), Relay(lambda data: None)))
     await leaving.busy()
     drained = asyncio.create_task(leaving.server.drain(10))
-    others = [await answer(plane.pool, question(), lambda data: None) for _ in range(4)]
+    others = [await answer(plane.pool, question(), Relay(lambda data: None)) for _ in range(4)]
     await drained
 
     assert (await running).completion_tokens == 20
@@ -278,7 +278,7 @@ async def test_a_worker_gives_back_what_it_cannot_serve(plane: Plane) -> None:
     sick = plane.add(interval_s=60)
     plane.add()
     await plane.ready(2)
-    task = asyncio.create_task(answer(plane.pool, question(), lambda data: None))
+    task = asyncio.create_task(answer(plane.pool, question(), Relay(lambda data: None)))
     await sick.busy()
     sick.server.give_back(wire.Failed(0, 503, "the engine has died", True))
     done = await asyncio.wait_for(task, 2)
@@ -311,7 +311,7 @@ async def test_a_disaggregated_answer_takes_two_legs(plane: Plane) -> None:
     plane.add(Kind.PREFILL)
     plane.add(Kind.DECODE)
     await plane.ready(2)
-    done = await answer(plane.pool, question(tokens=100), lambda data: None)
+    done = await answer(plane.pool, question(tokens=100), Relay(lambda data: None))
 
     assert plane.legs == [Kind.PREFILL, Kind.DECODE]
     assert done.prompt_tokens == 100
@@ -351,7 +351,7 @@ async def test_noise_is_dropped_and_the_worker_lives_on(plane: Plane) -> None:
     link = next(iter(plane.links))
     for noise in (b"", b"\xc1", b"\x93\x01", os.urandom(200)):
         link._socket.send([noise])
-    done = await answer(plane.pool, question(), lambda data: None)
+    done = await answer(plane.pool, question(), Relay(lambda data: None))
 
     assert done.completion_tokens == 16
 
@@ -412,10 +412,10 @@ async def test_short_prompts_are_computed_where_they_are_answered(plane: Plane) 
     plane.add(Kind.DECODE)
     await plane.ready(2)
     for tokens in (10, 11):
-        await answer(plane.pool, question(tokens), lambda data: None)
+        await answer(plane.pool, question(tokens), Relay(lambda data: None))
     prefill.die()
     await plane.ready(1)
-    await answer(plane.pool, question(11), lambda data: None)
+    await answer(plane.pool, question(11), Relay(lambda data: None))
 
     assert plane.legs == [Kind.DECODE, Kind.PREFILL, Kind.DECODE, Kind.DECODE]
     assert reasons == [Reason.SHORT, Reason.NO_PREFILL]
@@ -428,7 +428,7 @@ async def test_a_decode_that_waits_for_a_lost_prefill_worker_is_begun_anew(plane
     plane.add(Kind.PREFILL)
     decode = plane.add(Kind.DECODE, interval_s=3.0)
     await plane.ready(3)
-    task = asyncio.create_task(answer(plane.pool, question(), lambda data: None))
+    task = asyncio.create_task(answer(plane.pool, question(), Relay(lambda data: None)))
     await decode.busy()
     first.die()
     async with asyncio.timeout(2):
@@ -443,7 +443,7 @@ async def test_every_data_parallel_rank_gets_its_share(plane: Plane) -> None:
     worker.card = msgspec.structs.replace(worker.card, dp_first=2, dp_count=2)
     plane.links.update({worker.card.member: worker.card})
     await plane.ready(1)
-    tasks = [asyncio.create_task(answer(plane.pool, question(), lambda data: None)) for _ in range(4)]
+    tasks = [asyncio.create_task(answer(plane.pool, question(), Relay(lambda data: None))) for _ in range(4)]
     async with asyncio.timeout(5):
         while worker.server.streams < 4:
             await asyncio.sleep(0.01)
@@ -451,7 +451,7 @@ async def test_every_data_parallel_rank_gets_its_share(plane: Plane) -> None:
 
     assert [link.in_flight(rank) for rank in (2, 3)] == [2, 2]
     with pytest.raises(ApiError, match="no aggregated worker with data-parallel rank 4 is ready"):
-        await answer(plane.pool, replace(question(), dp_rank=4), lambda data: None)
+        await answer(plane.pool, replace(question(), dp_rank=4), Relay(lambda data: None))
     for task in tasks:
         task.cancel()
 
@@ -463,7 +463,7 @@ async def test_an_adapter_is_asked_for_where_it_is_loaded(plane: Plane) -> None:
     await plane.ready(2)
     asked = replace(question(), adapter="poet")
     with pytest.raises(ApiError, match="no aggregated worker with the adapter 'poet' is ready"):
-        await answer(plane.pool, asked, lambda data: None)
+        await answer(plane.pool, asked, Relay(lambda data: None))
     holder.card = msgspec.structs.replace(holder.card, adapters=("poet",))
     plane.links.update({item.card.member: item.card for item in plane.workers})
 

@@ -29,6 +29,8 @@ from workers.runtime.wire import Shape
 INLINE = 2**62  # tensors go into the one buffer, however large
 _encoder = MsgpackEncoder(size_threshold=INLINE)
 _decoder = MsgpackDecoder(list[MultiModalFeatureSpec])
+# Where the prompt is in a request of each API; "messages" in the others.
+PROMPT_FIELDS = {Shape.COMPLETION: "prompt", Shape.RESPONSE: "input"}
 
 
 class Rendering:
@@ -68,7 +70,7 @@ class Rendering:
             raise RefusedError(
                 f"this model's maximum context length is {self._max_model_len} tokens, but the prompt has {len(ids)} tokens, "
                 "media included, and leaves no room for an answer: shorten it",
-                param="messages" if ask.render.shape is Shape.CHAT else "prompt",
+                param=PROMPT_FIELDS.get(ask.render.shape, "messages"),
             )
         features = pack(made) if ask.prefill_only or ask.encode_only else b""
         return replace(ask, prompt=list(ids), inputs=made, features=features)
@@ -77,7 +79,7 @@ class Rendering:
         # What other engines get must be whole; and an engine must not see some media by reference and others whole: vLLM's
         # two processes would no longer agree on what the second has cached.
         options: dict[str, Any] = {**read_options(ask.options), **msgspec.json.decode(ask.source)}
-        if ask.render.shape is Shape.CHAT:
+        if ask.render.shape is not Shape.COMPLETION:
             request = ChatCompletionRequest(**options)
             answer = await self._online.render_chat(request, skip_mm_cache=self._passes_on)
         else:
@@ -85,7 +87,7 @@ class Rendering:
             answer = await self._online.render_completion(request, skip_mm_cache=self._passes_on)
         if hasattr(answer, "error"):
             raise RefusedError(answer.error.message, answer.error.code, answer.error.param)
-        inputs = answer[1] if ask.render.shape is Shape.CHAT else answer
+        inputs = answer[1] if ask.render.shape is not Shape.COMPLETION else answer
         return inputs[0]
 
 

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import stat
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -79,13 +80,15 @@ def main() -> int:
     place = places(run.ranks(job.attempt))[0]
     index = plan(recipe).frontends.index(name)
     known = Known(run.path / "control" / f"workers-{job.attempt}-{name}.json")
+    status = 0
     try:
         sockets = listeners(recipe, place, index)
         uvloop.run(serve(recipe, control, sockets, KeyRing(run), known, name, run.path))
-    except LaunchError as error:
-        log.error("%s: %s", name, error)
-        return 1
-    return 0
+    except* LaunchError as errors:
+        for error in errors.exceptions:
+            log.error("%s: %s", name, error)
+        status = 1
+    return status
 
 
 def listeners(recipe: Recipe, place: Place, index: int) -> list[socket.socket]:
@@ -194,7 +197,16 @@ async def serve(
     gate = Gate(thresholds(recipe), pool.has_room, lambda why: metrics.refused.labels(why).inc())
     service = Service(served, text, pool, metrics, gate, tokenize=recipe.engine.tokenize)
     service.seconds_left = lambda: told(os.environ)
-    app = App(service, keys, store, Files(drawer), batches, tracer, recipe.security.open_metrics)
+    app = App(
+        service,
+        keys,
+        store,
+        Files(drawer),
+        batches,
+        tracer,
+        recipe.frontend.max_body_bytes,
+        recipe.security.open_metrics,
+    )
     commander = Commander(control, recipe.name, name)
     app.admin = Admin(
         plan(recipe),
@@ -260,6 +272,8 @@ async def listen_locally(server: Server, path: str | None) -> asyncio.Server | N
     if path is None:
         return None
     with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise ConfigError(f"frontend.unix_socket: {path} is there and is no socket: remove it, or name another")
         os.unlink(path)  # of a process that was killed
     mask = os.umask(0o177)
     try:
@@ -305,6 +319,7 @@ async def drain(app: App, listening: Sequence[asyncio.Server], server: Server, l
     if running:
         _, late = await asyncio.wait(running, timeout=timeout_s)
         if late:
+            app.service.gate.refuse_all("the deployment is stopping")
             links.abort("the deployment is stopping")
             await asyncio.wait(late, timeout=FLUSH_S)
     for listener in listening:

@@ -117,7 +117,7 @@ class Admin:
         if request.method not in ("GET", "POST"):
             raise ApiError(405, f"{LIMITS} takes GET or POST, not {request.method}")
         before = gate.thresholds
-        gate.change(_given(request))
+        gate.change(_given(request) if request.method == "POST" else {})
         if gate.thresholds != before:
             log.info("limits are now %s", gate.thresholds)
         connection.respond(200, msgspec.json.encode({"limits": gate.thresholds, "waiting": gate.waiting}))

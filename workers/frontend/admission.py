@@ -165,6 +165,13 @@ class Gate:
         """Charge the tokens of an answer to its key."""
         self._rates.answered(key, tokens, time.monotonic())
 
+    def refuse_all(self, message: str) -> None:
+        """Refuse all that wait."""
+        while self._queue:
+            turn = self._queue.pop()
+            if not turn.done():
+                turn.set_exception(ApiError(503, message, retry_after_s=5))
+
     async def turn(self, key: str, tokens: int) -> None:
         """Wait for the turn of a request with a prompt of so many tokens.
 

@@ -42,10 +42,12 @@ class App:
         files: Files,
         batches: Batches,
         tracer: Tracer,
+        max_body_bytes: int,
         open_metrics: bool = False,
     ) -> None:
         self.service = service
         self._keys = keys
+        self._max_body_bytes = max_body_bytes
         self._open_metrics = open_metrics
         self._metrics = service.metrics
         self._tracer = tracer
@@ -85,7 +87,7 @@ class App:
                         label = span.name = route.path
                         self._authorize(route, request)
                         if request.body:
-                            await unpacked(request)
+                            await unpacked(request, self._max_body_bytes)
                         await route.handler(request, reply, *parameters)
                     status = reply.status
                 except ApiError as error:

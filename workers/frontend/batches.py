@@ -150,12 +150,17 @@ class Batches:
     async def work(self, ask: Ask) -> None:
         """Answer batches, for ever. Only one process of a deployment may do this."""
         while True:
-            for batch in reversed(await asyncio.to_thread(self._all)):
+            found: list[Batch] = []
+            try:
+                found = await asyncio.to_thread(self._all)
+            except (OSError, ValueError, ApiError) as error:
+                log.warning("batches cannot be listed: %s", error)
+            for batch in reversed(found):
                 if batch.status in ENDED:
                     continue
                 try:
                     await self._run(batch, ask)
-                except* (OSError, ApiError) as errors:
+                except* (OSError, ValueError, ApiError) as errors:
                     # Another batch may fare better; this one is tried again.
                     log.warning("batch %s: %s", batch.id, errors.exceptions[0])
             await asyncio.sleep(LOOK_S)
@@ -207,7 +212,7 @@ class Batches:
             except Exception:  # as in http.Connection: a bug ends this request, not the batch
                 log.exception("batch %s: request %s failed", batch.id, line.custom_id)
                 reply.respond(500, ApiError(500, "internal error").body())
-            if reply.status != 503:
+            if reply.status not in (429, 503):  # later it may be answered
                 await _to_its_end(answers.add(line.custom_id, request_id, reply))
                 return
             await asyncio.sleep(AGAIN_S)
@@ -216,14 +221,14 @@ class Batches:
         """Write down how far the batch is, and end its work when that was asked for or its time is over."""
         for _ in itertools.count():
             await asyncio.sleep(LOOK_S)
-            cancelled = (self._folder / batch.id / "cancel").exists()
+            cancelled = await asyncio.to_thread((self._folder / batch.id / "cancel").exists)
             if cancelled or time.time() > batch.expires_at:
                 for worker in workers:
                     worker.cancel()
             counts = Counts(total=batch.request_counts.total, completed=answers.completed, failed=answers.failed)
             if counts != batch.request_counts:
                 batch.request_counts = counts
-                await asyncio.to_thread(self._write, batch)
+                await _to_its_end(asyncio.to_thread(self._write, batch))
 
     def _finish(self, batch: Batch, answers: Answers) -> None:
         """Make files of the answers. Killed within, the next process does it again, from what is still there."""

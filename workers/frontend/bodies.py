@@ -11,7 +11,7 @@ from workers.frontend.http import Request
 GZIP = 16 + zlib.MAX_WBITS  # zlib's sign for the gzip format
 
 
-async def unpacked(request: Request, max_bytes: int = 64 << 20) -> None:
+async def unpacked(request: Request, max_bytes: int) -> None:
     """Replace a packed body by what is in it.
 
     Raises:

@@ -12,6 +12,7 @@ from workers.frontend.openai import ChatRequest, CompletionRequest, parse
 from workers.frontend.reply import REQUEST_ID_HEADER, Reply, told
 from workers.frontend.service import Service
 from workers.frontend.sources import source
+from workers.frontend.wishes import wishes
 from workers.runtime.wire import Shape
 
 CHARS_PER_TOKEN = 4  # where a prompt is not tokenized here: the usual guess for English
@@ -59,7 +60,8 @@ async def completion(service: Service, request: Request, reply: Reply) -> None:
 
 async def pooling(service: Service, request: Request, reply: Reply) -> None:
     """Embeddings and the like: the body goes to a worker as it came."""
-    model = parse(request.body, PoolingRequest)[0].model or service.served.name
+    ask, fields = parse(request.body, PoolingRequest)
+    model = ask.model or service.served.name
     service.admit(model, generates=False)
     route = POOLING_ROUTES[request.path]
     request_id, key = request.headers[REQUEST_ID_HEADER], request.key_id
@@ -67,6 +69,14 @@ async def pooling(service: Service, request: Request, reply: Reply) -> None:
     header = told(request) + service.gate.charge(key, guess)
     await service.gate.turn(key, guess)
     with service.gate.passing():
-        called = await call(service.pool, Kind.EMBEDDING, request_id, route, request.body, service.adapter(model))
+        called = await call(
+            service.pool,
+            Kind.EMBEDDING,
+            request_id,
+            route,
+            request.body,
+            service.adapter(model),
+            wishes(request.headers, fields),
+        )
     service.metrics.prompt_tokens.inc(called.prompt_tokens)
     reply.respond(called.status, called.body, header, called.content_type.encode())

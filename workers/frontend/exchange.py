@@ -247,19 +247,16 @@ def _targets(link: Link, rank: int) -> list[Target]:
     return [Target(link, number) for number in range(first, first + count)] if count > 1 else [Target(link)]
 
 
-async def answer(
-    pool: Pool, question: Question, write: Callable[[bytes], None], relay: Relay | None = None
-) -> Answered:
-    """Get one question answered; bytes of a stream go to `write` as they come.
+async def answer(pool: Pool, question: Question, relay: Relay) -> Answered:
+    """Get one question answered; the relay passes the bytes of a stream on as they come.
 
     A worker that is lost costs another attempt on another worker, which goes on where the client's stream was cut.
-    Cancelling this coroutine cancels the request at the workers. `relay` may hold ids of an answer that was begun before.
+    Cancelling this coroutine cancels the request at the workers. The relay may hold ids of an answer that was begun before.
 
     Raises:
         ApiError: The request was refused, or no attempt succeeded.
     """
     avoid: set[str] = set()
-    relay = relay or Relay(write)
     for attempt in range(pool.attempts):
         # An engine may still be ending the last attempt under its own id.
         asked = replace(question, request_id=f"{question.request_id}-{attempt}") if attempt else question
@@ -284,14 +281,16 @@ async def answer(
     raise AssertionError("the last attempt returns or raises")
 
 
-async def call(pool: Pool, kind: Kind, request_id: str, route: str, body: bytes, adapter: str) -> wire.Called:
+async def call(
+    pool: Pool, kind: Kind, request_id: str, route: str, body: bytes, adapter: str, wanted: Wishes
+) -> wire.Called:
     """Have a request answered whole by a worker of that kind; a lost one costs another attempt.
 
     Raises:
         ApiError: The request was refused, or no attempt succeeded.
     """
     avoid: set[str] = set()
-    nobody = Question(request_id=request_id, prompt=b"", render=wire.NOTHING, adapter=adapter)
+    nobody = Question(request_id=request_id, prompt=b"", render=wire.NOTHING, adapter=adapter, wishes=wanted)
     for attempt in range(pool.attempts):
         target = pool.pick(kind, nobody, avoid)
         pool.on_leg(kind)
@@ -395,8 +394,15 @@ async def _attempt(pool: Pool, question: Question, relay: Relay, avoid: set[str]
         prefilled.features = b""  # megabytes, which nobody needs while the answer streams
         return _generate(stream, passed, relay, wire.Leg.DECODE, target.rank, prefilled)
 
-    # From here on the transfer belongs to the decode worker, which uses it or releases it.
-    last = await _run(target, relay, build, wire.End, source=source)
+    # Once sent, the transfer belongs to the decode worker, which uses it or releases it.
+    last = await _run(
+        target,
+        relay,
+        build,
+        wire.End,
+        source=source,
+        on_unsent=lambda: _release(pool, question, prefilled.transfer),
+    )
     # The decode side's own count is unreliable after a pull (vLLM 0.32); the prefill side knows.
     last.cached_tokens = min(prefilled.cached_tokens, last.prompt_tokens)
     return last
@@ -411,6 +417,7 @@ async def _whole(pool: Pool, kind: Kind, question: Question, relay: Relay, avoid
         return _generate(stream, question, relay, wire.Leg.WHOLE, target.rank)
 
     last = await _run(target, relay, build, wire.End, tokens=target.tokens(question))
+    last.cached_tokens = min(last.cached_tokens, last.prompt_tokens)  # ids of an earlier attempt may be cached too
     if target.booking:
         target.booking.hit(last.cached_tokens)
     return last
@@ -488,6 +495,7 @@ async def _run(
     tokens: int = 0,
     unwanted: Releaser | None = None,
     source: Link | None = None,
+    on_unsent: Callable[[], None] = lambda: None,
 ) -> L:
     """Run one leg to its last word.
 
@@ -499,6 +507,7 @@ async def _run(
         tokens: Prompt tokens that the worker computes first.
         unwanted: Takes the last word if nobody waits for it any more.
         source: The prefill worker whose KV cache is pulled: an engine waits for ever for one that hangs (vLLM 0.32).
+        on_unsent: Called when the message could not be sent at all.
 
     Raises:
         LegLostError: The worker or the source was lost.
@@ -507,6 +516,7 @@ async def _run(
     link = target.link
     number = link.open(build, relay, target.rank, tokens)
     if number is None:
+        on_unsent()
         raise LegLostError(LOST, link.card.instance)
     booking = target.booking
     if booking:

@@ -18,7 +18,7 @@ import msgspec
 from workers.engine.render import chunk
 from workers.frontend import sources
 from workers.frontend.errors import ApiError
-from workers.frontend.exchange import Answered, Pool, Question, answer
+from workers.frontend.exchange import Answered, Pool, Question, Relay, answer
 from workers.frontend.http import Request
 from workers.frontend.metrics import Metrics
 from workers.frontend.openai import ChatRequest, Common, CompletionRequest, options
@@ -157,15 +157,8 @@ async def chat_of(
     service: Service, shape: Shape, ask: ChatRequest, fields: dict[str, Any], size: int, echo: str | None = None
 ) -> Generation:
     """A generation from a chat, whose model was admitted and which was checked; `size` is about how long it is, in bytes."""
-    prompt, source = await service.conversation(ask, size)
+    prompt, source = await service.conversation(ask, fields["messages"], size)
     return Generation(shape, ask, fields, [prompt], [echo], [source])
-
-
-def chat_ids(service: Service, ask: ChatRequest) -> bytes:
-    """Packed token ids of a chat."""
-    return service.text.chat(
-        ask.messages, ask.template_variables, ask.tools, ask.continue_final_message, bool(ask.add_special_tokens)
-    )
 
 
 async def answer_choices(service: Service, generation: Generation, request: Request, reply: Reply) -> None:
@@ -246,10 +239,13 @@ async def _finished(
     error_event: ErrorEvent,
 ) -> list[Answered] | None:
     """The ends of all answers, asked for once it is the request's turn; None when the stream has been ended with an error."""
-    await service.gate.turn(request.key_id, generation.tokens)
+    gate, key = service.gate, request.key_id
+    await gate.turn(key, generation.tokens)
+    relays = [Relay(answers.write) for _ in questions]
+    ends: list[Answered] = []
     try:
-        with service.gate.passing():
-            ends = await _all_answers(service.pool, questions, answers)
+        with gate.passing():
+            ends = await _all_answers(service.pool, questions, relays)
     except ApiError as error:
         if not isinstance(answers, Streamed) or not answers.begun:
             raise
@@ -258,17 +254,20 @@ async def _finished(
         answers.write(framed(error_event(error), request.chunked))
         reply.end_events()
         return None
-    service.gate.answered(request.key_id, sum(end.completion_tokens for end in ends))
+    finally:  # who leaves before the end has had the tokens until then
+        told = sum(end.completion_tokens for end in ends) or sum(len(relay.ids) // 4 for relay in relays)
+        gate.answered(key, told + max(0, sum(end.prompt_tokens for end in ends) - generation.tokens))
     return ends
 
 
-async def _all_answers(pool: Pool, questions: list[Question], answers: Streamed | Collected) -> list[Answered]:
+async def _all_answers(pool: Pool, questions: list[Question], relays: list[Relay]) -> list[Answered]:
     """The answers in the order of the questions; the first failure cancels the rest."""
-    if len(questions) == 1:
-        return [await answer(pool, questions[0], answers.write)]
+    pairs = list(zip(questions, relays, strict=True))
+    if len(pairs) == 1:
+        return [await answer(pool, *pairs[0])]
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(answer(pool, item, answers.write)) for item in questions]
+            tasks = [group.create_task(answer(pool, *pair)) for pair in pairs]
     except* ApiError as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]

@@ -29,6 +29,7 @@ from workers.runtime.registry import Card
 
 log = logging.getLogger(__name__)
 
+MAX_SENT = 1000  # prompts to tell the others of, while nobody can be told
 TELL_S = 0.05
 TICK_S = 0.25
 
@@ -60,7 +61,7 @@ class KvPlane:
 
     def routed(self, key: Key, names: Sequence[int]) -> None:
         """A prompt with these blocks was sent there."""
-        if not self._alone and names:
+        if not self._alone and names and len(self._sent) < MAX_SENT:
             self._sent.append((*key, pack_names(names)))
 
     async def keep(self, view: KvView, book: Book, cards: Callable[[], Iterable[Card]]) -> None:
@@ -97,6 +98,8 @@ class KvPlane:
                     if not self._alone and (book.changed or self._sent or now - told >= BEAT_S):
                         told = now
                         await self._tell(client, book)
+                else:  # old by the time that somebody could hear it; the view asks again
+                    self._asks, self._sent = [], []
                 await asyncio.sleep(TELL_S)
         finally:
             await client.close()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from workers.frontend.errors import ApiError
-from workers.frontend.generation import answer_whole, chat_ids, chat_of
+from workers.frontend.generation import answer_whole, chat_of
 from workers.frontend.http import Request
 from workers.frontend.openai import Positive, Word, chat_from, parse
 from workers.frontend.reply import Reply, told
@@ -160,7 +160,7 @@ class Messages:
         ask, _ = parse(request.body, CountRequest)
         self._service.admit(ask.model, generates=True)
         read, _ = chat_from(as_chat(ask, self._dialect))
-        ids = await self._service.tokenized(len(request.body), lambda: chat_ids(self._service, read))
+        ids = await self._service.tokenized(len(request.body), lambda: self._service.chat_ids(read))
         tokens = len(ids) // 4
         answer = {"input_tokens": tokens, "context_management": {"original_input_tokens": tokens}}
         reply.respond(200, msgspec.json.encode(answer), told(request))

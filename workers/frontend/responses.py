@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from workers.frontend.errors import ApiError
-from workers.frontend.generation import Generation, answer_whole, chat_ids, chat_of
+from workers.frontend.generation import Generation, answer_whole, chat_of
 from workers.frontend.http import Request
 from workers.frontend.openai import ChatRequest, Positive, Word, chat_from, parse
 from workers.frontend.reply import Reply, told
@@ -130,7 +130,7 @@ class Responses:
         ask, fields = parse(request.body, TokensRequest)
         self._service.admit(ask.model, generates=True)
         read, _ = self._chat(ask, fields, await self._earlier(ask.previous_response_id))
-        ids = await self._service.tokenized(len(request.body), lambda: chat_ids(self._service, read))
+        ids = await self._service.tokenized(len(request.body), lambda: self._service.chat_ids(read))
         answer = {"object": "response.input_tokens", "input_tokens": len(ids) // 4}
         reply.respond(200, msgspec.json.encode(answer), told(request))
 

@@ -152,7 +152,7 @@ class Router:
                     f"worker {named[0]} is not ready, or there is none of that name; ready are {there}",
                     retry_after_s=1,
                 )
-        elif self.must_name:
+        elif self.must_name and kind is not Kind.ENCODE:
             raise ApiError(400, f"frontend.router=direct: name a {kind} worker in the header x-baton-worker")
         elif self.sessions and ask.wishes.session:
             names = [f"{item.member}/{item.key[1]}" for item in candidates]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from launch.recipe import Kind, Tokenize
 from workers.frontend.admission import Gate
@@ -85,6 +86,8 @@ class Service:
         Raises:
             ApiError: 404, 400 or 503.
         """
+        if model != self.served.name and self.pool.unable:  # nobody is there to say which adapters there are
+            raise ApiError(503, self.reason(self.pool.unable), retry_after_s=1)
         self.know(model)
         if generates is self.pool.pooling:
             can = "computes embeddings and scores" if self.pool.pooling else "generates text"
@@ -136,21 +139,24 @@ class Service:
             raise ApiError(400, f"prompt has token ids outside 0 to {largest}", param="prompt")
         return pack(prompt)
 
-    async def conversation(self, ask: ChatRequest, size: int) -> tuple[bytes, bytes]:
-        """The packed ids of a chat of about `size` bytes, or what a worker makes them of; the other is empty."""
+    async def conversation(self, ask: ChatRequest, sent: list[dict[str, Any]], size: int) -> tuple[bytes, bytes]:
+        """The packed ids of a chat of about `size` bytes, or what a worker makes them of; the other is empty.
+
+        A worker reads the messages as they were `sent`, the template as `ask` has them.
+        """
         text = self.local_text
         if not ask.messages:
             raise ApiError(400, "messages must not be empty", param="messages")
         if text is None or (self.tokenize is Tokenize.AUTO and has_media(ask.messages)):
-            return b"", source(messages=ask.messages)
-        prompt = await self.tokenized(
-            size,
-            lambda: text.chat(
-                ask.messages,
-                ask.template_variables,
-                ask.tools,
-                ask.continue_final_message,
-                bool(ask.add_special_tokens),
-            ),
+            return b"", source(messages=sent)
+        return await self.tokenized(size, lambda: self.chat_ids(ask)), b""
+
+    def chat_ids(self, ask: ChatRequest) -> bytes:
+        """Packed token ids of a chat.
+
+        Raises:
+            ApiError: 501, only the workers can make them; or the template refuses it.
+        """
+        return self.text.chat(
+            ask.messages, ask.template_variables, ask.tools, ask.continue_final_message, bool(ask.add_special_tokens)
         )
-        return prompt, b""

@@ -73,8 +73,10 @@ def source(**fields: Any) -> bytes:
 
 def guess(fields: Mapping[str, Any]) -> int:
     """About how many tokens the prompt will have: for the router, which weighs it before it is made."""
-    if isinstance(fields.get("prompt"), str):
-        return 1 + len(fields["prompt"]) // CHARS_PER_TOKEN
+    prompt = fields.get("prompt")
+    texts = [prompt] if isinstance(prompt, str) else [item for item in prompt or () if isinstance(item, str)]
+    if texts:  # one number stands for each of several prompts
+        return 1 + sum(map(len, texts)) // len(texts) // CHARS_PER_TOKEN
     found = 1
     for message in fields.get("messages") or ():
         for part in _parts(message):

@@ -217,7 +217,7 @@ def _part(part: Any, where: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     raise ApiError(
         400,
-        f"{where}: content of type {kind!r} is not supported with engine.tokenize=frontend",
+        f"{where}: content of type {kind!r} cannot be tokenized by a frontend",
         param=where,
     )
 

@@ -60,6 +60,7 @@ async def detokenize(service: Service, request: Request, reply: Reply) -> None:
 
 
 async def _tokenized(service: Service, ask: TokenizeRequest, size: int) -> bytes:
+    text = service.text
     if ask.messages is None:
         if ask.prompt is None:
             raise ApiError(400, "prompt or messages is missing", "prompt")
@@ -75,6 +76,6 @@ async def _tokenized(service: Service, ask: TokenizeRequest, size: int) -> bytes
 
     def work() -> bytes:
         special = bool(ask.add_special_tokens)
-        return service.text.chat(messages, variables, ask.tools, ask.continue_final_message, special)
+        return text.chat(messages, variables, ask.tools, ask.continue_final_message, special)
 
     return await service.tokenized(size, work)

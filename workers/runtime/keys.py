@@ -79,7 +79,7 @@ class KeyRing:
         while True:
             await asyncio.sleep(POLL_S)
             try:
-                if self._looks() != self._held.looks:
+                if await asyncio.to_thread(self._looks) != self._held.looks:
                     self._held = await asyncio.to_thread(self._read)
                     log.info("the keys have changed: %s", ", ".join(key.id for key in self._held.keys))
                 complained = False
