@@ -322,8 +322,17 @@ def test_allocation(words: Sequence[str]) -> int:
     recipe = [] if any(word.lstrip("+").startswith("recipe=") for word in words) else ["+recipe=tiny_agg"]
     name = f"{NAME}-{os.environ['SLURM_JOB_ID']}"
     fixed = [f"name={name}", "launcher=allocation", "preflight.only=true", "wait=true"]
-    launch(read([*recipe, *words, *fixed]), Console(soft_wrap=True, quiet=True))
+    launch(read([*recipe, *_named(words), *words, *fixed]), Console(soft_wrap=True, quiet=True))
     return 0
+
+
+def _named(words: Sequence[str]) -> list[str]:
+    """The profile of this machine, unless the words name one."""
+    if any(word.startswith("cluster=") for word in words):
+        return []
+    slurm = site.ask_slurm()
+    here = site.detect(site.profiles(), socket.getfqdn(), os.environ, slurm.cluster if slurm else None)
+    return [f"cluster={here}"] if here else []
 
 
 def show(findings: Sequence[Finding], console: Console) -> None:

@@ -72,7 +72,7 @@ async def _serve(run: RunDirectory, ranks: Sequence[int], job_key: str) -> None:
         raise LaunchError(f"{run.path} has no job.json: launch with `python -m launch`")
     where = plan(recipe)
     agents.extend(Agent(run, recipe, where, job, rank, stop) for rank in ranks)
-    watch = asyncio.create_task(_stop_before_the_limit(run, recipe, job, 0 in ranks, notice, stop), name="limit")
+    watch = asyncio.create_task(_stop_before_the_limit(recipe, job, 0 in ranks, notice, stop), name="limit")
     results = await asyncio.gather(*(agent.run(job_key) for agent in agents), return_exceptions=True)
     watch.cancel()
     for result in results:
@@ -108,20 +108,18 @@ def _install_signals(stop: asyncio.Event, notice: asyncio.Event, agents: list[Ag
 
 
 async def _stop_before_the_limit(
-    run: RunDirectory, recipe: Recipe, job: Job, rank0: bool, notice: asyncio.Event, stop: asyncio.Event
+    recipe: Recipe, job: Job, rank0: bool, notice: asyncio.Event, stop: asyncio.Event
 ) -> None:
     """After Slurm's notice, set `stop` when what runs can still finish before the time limit, and not before.
 
     The notice comes up to a minute early, and the limit may be moved: so the time is asked for, by rank 0 for all.
     """
     await notice.wait()
+    if not rank0:
+        return  # rank 0 decides for all: see `Agent._watch_rank0`
     need_s = notice_s(recipe)
     while True:
-        if rank0:
-            end = await asyncio.to_thread(limit.ends_at, job.launcher, os.environ)
-        else:
-            endpoint = run.endpoint()
-            end = endpoint.expires_at if endpoint else None
+        end = await asyncio.to_thread(limit.ends_at, job.launcher, os.environ)
         left = limit.seconds_left(end, need_s)
         if not left:
             break
@@ -222,7 +220,9 @@ class Agent:
     async def _members(self, group: asyncio.TaskGroup) -> None:
         """Frontends (rank 0) and engine members, from their start to their end."""
         await self._wait_for_control()
-        await self._wait_for(self._examination.sound.is_set, self._recipe.engine.ready_timeout_s, unless_stopped=True)
+        limit_s = self._recipe.engine.ready_timeout_s + 2 * self._recipe.preflight.timeout_s
+        if not await self._wait_for(self._examination.sound.is_set, limit_s, unless_stopped=True):
+            raise DeploymentError(f"the preflight of rank {self._rank} did not end: see its log")
         frontends = [self._frontend(name) for name in self._plan.frontends] if self._rank == 0 else []
         leaders: list[Supervised] = []
         followers: list[tuple[Member, Supervised]] = []
@@ -307,8 +307,7 @@ class Agent:
         buses = self._examination.buses
         mine = tuple(buses[slot] for slot in member.slots if slot < len(buses))
         told = fabric.environment(self._examination.snapshot, self._recipe.cluster, self._record.address, mine)
-        # What the user's own shell or the batch script's setup says wins; only `all` is never what anybody means.
-        told = {name: value for name, value in told.items() if os.environ.get(name) in (None, "all")}
+        told = fabric.unless_told(told, os.environ)
         invocation = commands.engine(self._recipe, member, self._run.path, place, self._devices(), told)
         together = None
         if member.nodes > 1:
@@ -401,7 +400,7 @@ class Agent:
     async def _wait_for(self, condition: Callable[[], bool], timeout_s: float, unless_stopped: bool = False) -> bool:
         """Poll until the condition holds; a stop also ends the wait (as if it held) when `unless_stopped`."""
         deadline = time.monotonic() + timeout_s
-        while not condition():
+        while not _holds(condition):
             if unless_stopped and self._stop.is_set():
                 return True
             if time.monotonic() > deadline:
@@ -509,6 +508,13 @@ def process_age_s() -> float:
     """Seconds since this process was started, by the kernel's clock."""
     ticks = children.born(os.getpid()) or 0
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _holds(condition: Callable[[], bool]) -> bool:
+    """Whether it holds; not known, so not, while the shared file system has a bad moment."""
+    with contextlib.suppress(OSError):
+        return condition()
+    return False
 
 
 async def _all_stopped(items: Sequence[Supervised]) -> None:

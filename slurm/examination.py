@@ -140,16 +140,22 @@ class Examination:
         """Whether a rank with decode engines is on another host than this one."""
         ranks = {member.rank for member in self._plan.members if member.kind is Kind.DECODE}
 
-        def all_there() -> bool:
-            return all(self._peer(rank) is not None for rank in ranks)
+        def elsewhere() -> bool:
+            found = (self._peer(rank) for rank in ranks)
+            return any(record is not None and record.host != self._record.host for record in found)
 
-        await self._waiting(all_there, self._recipe.engine.ready_timeout_s, unless_stopped=True)
-        found = [self._peer(rank) for rank in ranks]
-        return any(record is not None and record.host != self._record.host for record in found)
+        # The first of them already waits for our block: the last may come a minute later.
+        await self._waiting(
+            lambda: elsewhere() or all(self._peer(rank) is not None for rank in ranks),
+            self._recipe.engine.ready_timeout_s,
+            unless_stopped=True,
+        )
+        return elsewhere()
 
     def _probe_environment(self) -> dict[str, str]:
         """As an engine's, with all usable devices of the node."""
-        return {**fabric.environment(self.snapshot, self._recipe.cluster, self._record.address, ()), **os.environ}
+        told = fabric.environment(self.snapshot, self._recipe.cluster, self._record.address, ())
+        return {**os.environ, **fabric.unless_told(told, os.environ), **self._recipe.engine.env}
 
     def _all_reported(self) -> bool:
         """Rank 0 counts the reports, the others look for what it makes of them: one file for each, not all for all."""

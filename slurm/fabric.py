@@ -255,3 +255,8 @@ def _shared(first: str, second: str) -> int:
 def _natural(name: str) -> tuple[tuple[int, str], ...]:
     """Sorts mlx5_10 after mlx5_9."""
     return tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name))
+
+
+def unless_told(variables: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
+    """Those that the user's own shell or the batch script's setup does not set; only `all` is never what anybody means."""
+    return {name: value for name, value in variables.items() if environ.get(name) in (None, "all")}

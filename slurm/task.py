@@ -25,6 +25,7 @@ SHARED_AFTER_S = 60.0
 def main() -> int:
     """Be the agent of this task of a Slurm step; 0 when its part of the deployment ended well."""
     signals.hold()
+    os.umask(0o077)  # as in `run`
     from launch.errors import LaunchError
     from launch.plan import check_hosts, plan
     from launch.records import RunDirectory

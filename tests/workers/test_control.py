@@ -20,7 +20,7 @@ from slurm import children, ports
 from workers.control import servers
 from workers.control.certificates import issue
 from workers.runtime.etcd import Change, Etcd, EtcdError, LeaseLostError
-from workers.runtime.registry import Card, follow, key, registered
+from workers.runtime.registry import Card, Offer, follow, key, registered
 
 CARD = Card(
     member="decode-0",
@@ -142,7 +142,7 @@ async def test_a_registration_survives_the_loss_of_etcd_and_of_its_data(control:
     async with client(control) as etcd:
         async with running(etcd_server(control, tmp_path / "first"), tmp_path):
             follower = asyncio.create_task(follow(etcd, "d", views.append))
-            registration = registered(etcd, "d", CARD, ttl_s=2)
+            registration = registered(etcd, "d", Offer(CARD), ttl_s=2)
             await registration.__aenter__()
             async with asyncio.timeout(10):
                 while not views or not views[-1]:
@@ -208,7 +208,7 @@ async def test_a_changed_card_is_what_is_kept(control: Control, tmp_path: Path) 
 
     async with client(control) as etcd, contextlib.AsyncExitStack() as stack:
         async with running(etcd_server(control, tmp_path / "first"), tmp_path):
-            registration = await stack.enter_async_context(registered(etcd, "d", CARD, ttl_s=2))
+            registration = await stack.enter_async_context(registered(etcd, "d", Offer(CARD), ttl_s=2))
             await registration.update(adapters=("a",))
             assert await stored() == msgspec.json.encode(changed)
             await asyncio.sleep(3)  # longer than the lease: it is still the one that is renewed

@@ -106,13 +106,14 @@ def host_and_port(url: str) -> tuple[str, int]:
 
 def _find(name: str, configured: str | None, wheel: Path | None, install: str, key: str) -> str:
     if configured is not None:
-        if not shutil.which(configured):
+        found = shutil.which(configured)
+        if not found:
             raise LaunchError(f"{key}={configured} is not an executable file")
-        return configured
+        return str(Path(found).absolute())  # servers start in folders of their own
     beside_python = str(Path(sys.executable).parent)
     on_path = shutil.which(name)
     if on_path and not _is_script(on_path):
-        return on_path
+        return str(Path(on_path).absolute())
     if wheel and wheel.exists():
         return str(wheel)
     in_environment = shutil.which(name, path=beside_python)

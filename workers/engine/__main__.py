@@ -61,7 +61,6 @@ def main() -> int:
     """Serve one member until SIGTERM; 0 after a clean end, 1 when the engine died."""
     run, name = RunDirectory(Path(sys.argv[1])), sys.argv[2]
     set_up_logging(name)
-    own_multiprocess_folder(name)
     orphans.die_with(os.getpid())
     recipe, job, control = run.recipe(), run.job(), run.control()
     if job is None or control is None:
@@ -72,6 +71,7 @@ def main() -> int:
     role = role_of(recipe, member)
     life = f"{job.submitted_at}/{os.environ.get(GENERATION, '')}"
     try:
+        own_multiprocess_folder(name)
         encoder_cache = run.path / "encoder_cache" / f"{job.submitted_at:.6f}"
         if member.kind is Kind.ENCODE:
             forget_others(encoder_cache)
@@ -138,7 +138,7 @@ def build(recipe: Recipe, role: Role, arguments: dict[str, Any]) -> Engine:
         tokenizer, asked = Tokenizer.from_file(f"{recipe.model.path}/tokenizer.json"), recipe.engine
         if asked.echo_cache_blocks:
             rate = asked.echo_prefill_tokens_per_s
-            return CachingEcho(tokenizer, asked.echo_interval_s, asked.echo_cache_blocks, rate)
+            return CachingEcho(tokenizer, asked.echo_interval_s, asked.echo_cache_blocks, rate, asked.echo_slots)
         return EchoEngine(tokenizer, asked.echo_interval_s, asked.echo_slots)
     from workers.engine import vllm_engine
 
@@ -206,7 +206,7 @@ async def serve(
         async with (
             kv.published(recipe, member, place, control, engine, offer.card, context) as on_cleared,
             operated(control, recipe, member.name, engine, gate, offer.update, kept, on_cleared),
-            registered(etcd, recipe.name, offer.card, recipe.control.lease_ttl_s) as offer.registration,
+            registered(etcd, recipe.name, offer, recipe.control.lease_ttl_s),
         ):
             report("ready")
             log.info("%s serves %s at %s", member.name, recipe.model.name, card.address)

@@ -121,8 +121,8 @@ class EchoCache:
 class CachingEcho(EchoEngine):
     """An echo engine with a prefix cache, one for each data-parallel rank."""
 
-    def __init__(self, tokenizer: Any, interval_s: float, blocks: int, tokens_per_s: float) -> None:
-        super().__init__(tokenizer, interval_s)
+    def __init__(self, tokenizer: Any, interval_s: float, blocks: int, tokens_per_s: float, slots: int = 0) -> None:
+        super().__init__(tokenizer, interval_s, slots)
         self._blocks, self._tokens_per_s = blocks, tokens_per_s
         self.caches = {0: self._empty()}
         self.sizes = dataclasses.replace(self.sizes, kv_blocks=blocks)
@@ -137,7 +137,7 @@ class CachingEcho(EchoEngine):
 
     async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
         """Serve one leg; see `base.Engine`."""
-        cache = self.caches[max(ask.dp_rank, min(self.caches))]
+        cache = self.caches.get(ask.dp_rank) or self.caches[min(self.caches)]
         said: list[int] = []
         answer = cast(AsyncGenerator[Piece, None], super().generate(ask))
         async with cache.serving(ask, said) as cached, contextlib.aclosing(answer) as pieces:

@@ -132,23 +132,25 @@ class Offer:
 
 
 @contextlib.asynccontextmanager
-async def registered(etcd: Etcd, deployment: str, card: Card, ttl_s: int) -> AsyncIterator[Registration]:
-    """Keep the card registered for as long as the block runs, through losses of etcd and of its data.
+async def registered(etcd: Etcd, deployment: str, offer: Offer, ttl_s: int) -> AsyncIterator[Registration]:
+    """Keep the offer's card registered for as long as the block runs, through losses of etcd and of its data.
 
     Returns from entering once the card was first stored; withdraws on leaving, if etcd can be reached within 1 s.
     """
-    registration = Registration(etcd, deployment, card, ttl_s)
+    # The offer knows of it at once: a change that cannot be stored yet must not be taken for one that needs no storing.
+    registration = offer.registration = Registration(etcd, deployment, offer.card, ttl_s)
     task = asyncio.create_task(registration.keep())
     try:
         await registration.stored.wait()
         yield registration
     finally:
+        offer.registration = None  # a change that is under way must not bring the card back
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
         with contextlib.suppress(EtcdError, TimeoutError):
             async with asyncio.timeout(1):
-                await etcd.delete(key(deployment, card.member))
+                await etcd.delete(key(deployment, offer.card.member))
 
 
 async def follow(etcd: Etcd, deployment: str, on_cards: Callable[[dict[str, Card]], None]) -> None:
