@@ -104,6 +104,7 @@ def baton(folder: Path, router: str, frontends: int) -> Iterator[tuple[list[str]
         f"roles.aggregated.replicas={quality.WORKERS}",
         f"frontend.router={router}",
         f"frontend.processes={frontends}",
+        "security.open_metrics=true",
         f"cluster.cpu_engines_per_node={quality.WORKERS}",
         f"model.path=tiny:{folder / 'tiny'}",
         "model.name=tiny",

@@ -301,7 +301,7 @@ def test_the_cache_of_an_image_really_moves(deployment: Deployment) -> None:
         return
 
     def computed_locally() -> list[str]:
-        page = httpx.get(f"{deployment.endpoint.url.removesuffix('/v1')}/metrics").text
+        page = deployment.http.get(f"{deployment.endpoint.url.removesuffix('/v1')}/metrics").text
         return [line for line in page.splitlines() if line.startswith("baton_frontend_local_prefills_total{")]
 
     local = computed_locally()

@@ -235,6 +235,6 @@ def test_every_member_has_a_page_and_followers_get_no_requests(two_engines: Depl
     for name in followers:
         assert httpx.get(f"http://{pages[name]}/health").status_code == 200
         assert two_engines.metric(name, "process_resident_memory_bytes", role="aggregated") > 0
-        assert "baton_worker_streams" not in httpx.get(f"http://{pages[name]}/metrics").text
+        assert "baton_worker_streams" not in two_engines.http.get(f"http://{pages[name]}/metrics").text
     for name in leaders:
-        assert "baton_worker_streams" in httpx.get(f"http://{pages[name]}/metrics").text
+        assert "baton_worker_streams" in two_engines.http.get(f"http://{pages[name]}/metrics").text
