@@ -39,6 +39,8 @@ SHM_BYTES = 1 * GIB
 DISK_BYTES = 1 * GIB
 MOST_PEERS = 16
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+# vLLM's formats that read weights from the folder; of others (dummy, a plugin's) nothing is known.
+READ_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "gguf", "mistral", "bitsandbytes")
 
 
 class Grade(StrEnum):
@@ -429,7 +431,7 @@ def _model_error(recipe: Recipe) -> str | None:
         (folder / "config.json").read_bytes()
         if recipe.engine.backend is Backend.VLLM:
             weights = sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
-            if not weights:
+            if not weights and recipe.engine.args.get("load_format", "auto") in READ_FORMATS:
                 return f"{folder} holds no weights ({', '.join(WEIGHTS)})"
             for path in weights:
                 with path.open("rb") as file:

@@ -225,6 +225,7 @@ def test_the_tables_of_the_page_are_made_from_rows() -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.nightly
 @pytest.mark.timeout(420)
 def test_the_whole_script_runs_on_the_cpu(tmp_path: Path) -> None:
     """Real engines: prefill + decode answer as one engine does, mixed TP too, and both sides of the load succeed."""

@@ -14,7 +14,7 @@ from tests.chaos.storm import storm
 @pytest.mark.parametrize(
     "minutes",
     [
-        pytest.param(0.3, marks=pytest.mark.timeout(240), id="a short storm"),
+        pytest.param(0.3, marks=[pytest.mark.timeout(240), pytest.mark.nightly], id="a short storm"),
         pytest.param(10, marks=(pytest.mark.nightly, pytest.mark.timeout(1200)), id="a long storm"),
     ],
 )

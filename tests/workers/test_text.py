@@ -54,7 +54,9 @@ def test_completions_have_the_ids_of_transformers(tiny_model: Path) -> None:
         pytest.param([], "must not be empty", id="none"),
         pytest.param([{"content": "x"}], r"messages\[0\] has no role", id="no role"),
         pytest.param([{"role": "user", "content": 3}], "neither text nor a list", id="number"),
-        pytest.param([{"role": "user", "content": [{"type": "image_url"}]}], "'image_url' is not taken", id="image"),
+        pytest.param(
+            [{"role": "user", "content": [{"type": "image_url"}]}], "'image_url' cannot be tokenized", id="image"
+        ),
         pytest.param([{"role": "wizard", "content": "x"}], "the chat template refused", id="unknown role"),
     ],
 )
