@@ -189,7 +189,9 @@ def _views(run: RunDirectory) -> Iterator[tuple[View, str]]:
 def _raise_if_failed(run: RunDirectory, job: Submitted, view: View, console: Console) -> None:
     if view.failure:
         watch.stop(run, STOP_WAIT_S)
-        raise DeploymentError(view.failure)
+        # A node that the preflight refused is seldom alone: whoever mends it wants to know of all.
+        unfit = [failure for failure in watch.look(run).failures if preflight.UNFIT in failure]
+        raise DeploymentError("\n".join(dict.fromkeys((view.failure, *unfit))))
     if view.job.launcher in (Launcher.LOCAL, Launcher.ALLOCATION) and not view.ended and job.done():
         who = "the local executor's processes have" if view.job.launcher is Launcher.LOCAL else "srun has"
         _raise_ended(run, watch.look(run), f"{who} ended")

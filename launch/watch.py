@@ -57,9 +57,14 @@ class View:
         return self.endpoint.state if self.endpoint else Phase.STARTING
 
     @property
+    def failures(self) -> list[str]:
+        """What failed, rank by rank."""
+        return [record.failure for record in self.ranks.values() if record.failure]
+
+    @property
     def failure(self) -> str | None:
         """What went wrong first, if anything did."""
-        return next((record.failure for record in self.ranks.values() if record.failure), None)
+        return next(iter(self.failures), None)
 
     @property
     def ended(self) -> bool:

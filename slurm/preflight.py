@@ -38,6 +38,7 @@ MEMLOCK_BYTES = 64 * GIB
 SHM_BYTES = 1 * GIB
 DISK_BYTES = 1 * GIB
 MOST_PEERS = 16
+UNFIT = "is not fit to serve"
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 # vLLM's formats that read weights from the folder; of others (dummy, a plugin's) nothing is known.
 READ_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "gguf", "mistral", "bitsandbytes")
@@ -83,7 +84,7 @@ class PreflightError(LaunchError):
         lines = [f"  {item.name}: {item.what}; {item.fix}" for item in report.failed]
         names = ",".join(item.name for item in report.failed)
         super().__init__(
-            f"node {report.host} (rank {report.rank}) is not fit to serve:\n" + "\n".join(lines) + "\n"
+            f"node {report.host} (rank {report.rank}) {UNFIT}:\n" + "\n".join(lines) + "\n"
             f"to start all the same: preflight.ignore=[{names}]"
         )
         self.report = report
