@@ -163,9 +163,8 @@ def test_a_stream_that_nobody_can_save_ends_with_an_error_and_done(running: Depl
     body = {"model": "tiny", "prompt": "to the end", "max_tokens": 1000, "stream": True}
     seen = []
     with running.http.stream("POST", f"{running.endpoint.url}/completions", json=body) as response:
-        for line in response.iter_lines():
-            if line:
-                seen.append(line)
+        for line in filter(None, response.iter_lines()):
+            seen.append(line)
             if len(seen) == 5:
                 pids = running.pids()
                 for name in ("decode-0", "decode-1"):
