@@ -60,7 +60,7 @@ GPU = Scale(
     token_lengths=(*LENGTHS, 2048, 4000, 8191, 16000),
     answer_tokens=32,
     transfer_lengths=(8192, 16384, 30000),
-    transfer_times=3,
+    transfer_times=8,
     kv_bytes=12 * GIB,
     large_max_model_len=9216,
     load=Workload(name="load", prompt_tokens=8192, answer_tokens=256, vocabulary=shapes.LLAMA_70B.vocabulary),

@@ -23,6 +23,7 @@ AGGREGATED = {"aggregated": (1, 1)}
 DISAGGREGATED = {"prefill": (1, 1), "decode": (1, 1)}
 CTL_S = 120
 MOVED_S = 10
+WARM_PULLS = 6
 BAR_GB_S = 150
 
 
@@ -174,7 +175,8 @@ def _transfer(bench: Bench, running: Deployment, name: str) -> None:
 
 
 def _measure(bench: Bench, name: str, pull: Any, page: Any) -> None:
-    pull(_random(bench, bench.scale.transfer_lengths[0], 0))  # the first pull shakes hands
+    for number in range(WARM_PULLS):  # the first shakes hands; the next ones are slow too
+        pull(_random(bench, bench.scale.transfer_lengths[0], -number))
     for length in bench.scale.transfer_lengths:
         first = page()
         for number in range(bench.scale.transfer_times):
