@@ -48,6 +48,7 @@ from launch.recipe import (
     Wait,
     When,
 )
+from launch.records import NAME
 from workers.engine.checks import check_engines
 from workers.engine.model import read_shape
 
@@ -55,7 +56,6 @@ E = TypeVar("E", bound=StrEnum)
 GROUPS = ("recipe", "cluster")
 TINY = {"tiny:": Tiny.TEXT, "tiny-vision:": Tiny.VISION}
 FREE_FORM = re.compile(r"\.(args|env|sbatch)\.")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

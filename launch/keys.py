@@ -16,8 +16,8 @@ from pathlib import Path
 import msgspec
 
 from launch.errors import ConfigError, LaunchError, closest
-from launch.records import RunDirectory, find, write
-from workers.runtime.keys import ADMIN, DEFAULT, NAME, Key, Scope, more_keys, sha256
+from launch.records import NAME, RunDirectory, find, write
+from workers.runtime.keys import ADMIN, DEFAULT, Key, Scope, more_keys, sha256
 
 
 def main() -> int:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -41,6 +42,8 @@ from launch.recipe import Launcher, Recipe
 
 T = TypeVar("T")
 SILENT_AFTER_S = 15.0
+# What deployments and keys may be called: it becomes a file's name.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
 class State(StrEnum):

@@ -22,8 +22,9 @@ from typing import Any, Literal
 
 import msgspec
 
+from launch.records import write
 from workers.frontend.errors import ApiError
-from workers.frontend.files import OUTPUT, PURPOSE, Drawer, page, write_private
+from workers.frontend.files import OUTPUT, PURPOSE, Drawer, page
 from workers.frontend.http import Request
 from workers.frontend.openai import parse
 from workers.frontend.reply import Kept, Reply, told
@@ -141,7 +142,7 @@ class Batches:
         """POST /v1/batches/{batch_id}/cancel: the process that works on it sees it within a second."""
         batch = await asyncio.to_thread(self._read, name)
         if batch.status not in ENDED:
-            await asyncio.to_thread(write_private, self._folder / name / "cancel", b"")
+            await asyncio.to_thread(write, self._folder / name / "cancel", b"", 0o600)
             batch.status, batch.cancelling_at = "cancelling", int(time.time())
         reply.respond(200, msgspec.json.encode(batch), told(request))
 
@@ -149,14 +150,16 @@ class Batches:
 
     async def work(self, ask: Ask) -> None:
         """Answer batches, for ever. Only one process of a deployment may do this."""
+        ended: set[str] = set()  # nobody works on these again, so they are not read again either
         while True:
             found: list[Batch] = []
             try:
-                found = await asyncio.to_thread(self._all)
+                found = await asyncio.to_thread(self._all, frozenset(ended))
             except (OSError, ValueError, ApiError) as error:
                 log.warning("batches cannot be listed: %s", error)
             for batch in reversed(found):
                 if batch.status in ENDED:
+                    ended.add(batch.id)
                     continue
                 try:
                     await self._run(batch, ask)
@@ -290,12 +293,14 @@ class Batches:
     def _write(self, batch: Batch) -> None:
         folder = self._folder / batch.id
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_private(folder / "batch.json", msgspec.json.encode(batch))
+        write(folder / "batch.json", msgspec.json.encode(batch), mode=0o600)
 
-    def _all(self) -> list[Batch]:
-        """All batches, the newest first."""
+    def _all(self, but: frozenset[str] = frozenset()) -> list[Batch]:
+        """All batches but those named, the newest first."""
         found = []
         for entry in self._folder.iterdir() if self._folder.exists() else ():
+            if entry.name in but:
+                continue
             with contextlib.suppress(ApiError):
                 found.append(self._read(entry.name))
         return sorted(found, key=lambda batch: (batch.created_at, batch.id), reverse=True)

@@ -11,11 +11,10 @@ from workers.frontend.http import Request
 from workers.frontend.openai import ChatRequest, CompletionRequest, parse
 from workers.frontend.reply import REQUEST_ID_HEADER, Reply, told
 from workers.frontend.service import Service
-from workers.frontend.sources import source
+from workers.frontend.sources import CHARS_PER_TOKEN, source
 from workers.frontend.wishes import wishes
 from workers.runtime.wire import Shape
 
-CHARS_PER_TOKEN = 4  # where a prompt is not tokenized here: the usual guess for English
 # vLLM's routes for pooling models, and the same under /v1 where vLLM has them elsewhere.
 POOLING_ROUTES = {
     "/v1/embeddings": "embeddings",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import os
 import re
 import secrets
 import shutil
@@ -21,6 +20,7 @@ import msgspec
 from python_multipart import parse_form
 from python_multipart.exceptions import FormParserError
 
+from launch.records import write
 from workers.frontend.errors import ApiError
 from workers.frontend.http import Request
 from workers.frontend.reply import Reply, told
@@ -76,10 +76,10 @@ class Drawer:
         aside = self._folder / f".{record.id}"
         aside.mkdir(mode=0o700, parents=True)
         if isinstance(content, bytes):
-            write_private(aside / "content", content)
+            write(aside / "content", content, mode=0o600)
         else:
             content.rename(aside / "content")
-        write_private(aside / "record.json", msgspec.json.encode(record))
+        write(aside / "record.json", msgspec.json.encode(record), mode=0o600)
         aside.rename(self._folder / record.id)
         return record
 
@@ -186,14 +186,6 @@ def page(query: str, items: list[Any]) -> bytes:
     shown = found[: int(limit)]
     ends = {"first_id": shown[0].id, "last_id": shown[-1].id} if shown else {"first_id": None, "last_id": None}
     return msgspec.json.encode({"object": "list", "data": shown, **ends, "has_more": len(found) > len(shown)})
-
-
-def write_private(path: Path, content: bytes) -> None:
-    """Write a file that only its owner may read, aside and renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(content)
-    aside.rename(path)
 
 
 def _form(request: Request) -> tuple[bytes, str, str]:

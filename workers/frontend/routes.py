@@ -22,7 +22,6 @@ class Access(StrEnum):
 
     OPEN = "open"
     API = "api"
-    ADMIN = "admin"
     ANY = "any"
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import msgspec
 
+from launch.records import write
+
 NAME = re.compile(r"resp_[0-9a-f]{24}")
 SWEEP_EVERY = 64
 
@@ -42,10 +44,7 @@ class Store:
     def put(self, name: str, stored: Stored) -> None:
         """Keep a response."""
         self._folder.mkdir(mode=0o700, exist_ok=True)
-        aside = self._folder / f".{name}.{os.getpid()}"
-        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(msgspec.json.encode(stored))
-        aside.rename(self._folder / name)
+        write(self._folder / name, msgspec.json.encode(stored), mode=0o600)
         if next(self._writes) % SWEEP_EVERY == 0:
             self._sweep()
 

@@ -12,7 +12,6 @@ import asyncio
 import hashlib
 import hmac
 import logging
-import re
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -25,7 +24,6 @@ log = logging.getLogger(__name__)
 
 POLL_S = 1.0
 DEFAULT, ADMIN = "default", "admin"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
 class Scope(StrEnum):
