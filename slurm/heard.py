@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from launch.records import SILENT_AFTER_S, RankRecord
@@ -23,6 +24,10 @@ class Heard:
             heartbeat, _ = self._last.get(rank, (0.0, 0.0))
             if record.heartbeat != heartbeat:
                 self._last[rank] = (record.heartbeat, self._clock.now)
+
+    def doubt(self, record: RankRecord) -> None:
+        """Take a rank for silent until it is heard anew: there is other news that it is."""
+        self._last[record.rank] = (record.heartbeat, -math.inf)
 
     def silent(self, rank: int) -> bool:
         """Whether a rank that was heard once has not written for a while."""

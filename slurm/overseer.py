@@ -61,9 +61,10 @@ class Overseer:
     @contextlib.asynccontextmanager
     async def published(self) -> AsyncIterator[Endpoint]:
         """The endpoint, from its first word to `stopped`."""
-        own_record = self._run.ranks(self._job.attempt)[self._rank]
-        place = Place(own_record.address, own_record.port_base)
-        before = self._run.endpoint()
+        ranks, before = self._run.ranks(self._job.attempt), self._run.endpoint()
+        place = Place(ranks[self._rank].address, ranks[self._rank].port_base)
+        if before and before.head != self._rank and before.head in ranks:
+            self._heard.doubt(ranks[before.head])  # it would lead still
         self._was_ready = before is not None and before.state in (Phase.READY, Phase.DEGRADED)
         shared = shared_port(self._recipe, place)
         count = len(self._plan.frontends)
