@@ -114,6 +114,9 @@ class EngineConf:
 class ControlConf:
     dedicated: bool = False
     """Keep rank 0's node for the control plane and the frontends: its GPUs run no engine."""
+    standby: str = "auto"
+    """Keep the control plane on ranks 0 to 2, so that the deployment outlives the node of any one of them: auto (with three
+    nodes and more), true, false. See docs/nodes.md."""
     lease_ttl_s: int = 5
     """Seconds after which a member that no longer renews its registration is forgotten."""
     etcd: str | None = None

@@ -23,6 +23,7 @@ from launch.plan import Plan, plan
 from launch.progress import Display, endpoint_text
 from launch.recipe import Backend, Executor, Launcher, Wait
 from launch.records import Job, Phase, RunDirectory
+from launch.standby import control_ranks
 from launch.watch import View
 from slurm import executors, hosts, preflight
 from slurm.batch import Submission, submitted_words
@@ -66,6 +67,7 @@ def launch(asked: Launch, console: Console) -> None:
         LaunchError: It could not be done; nothing of it is left running.
     """
     where = plan(asked.recipe)
+    control_ranks(asked.recipe, where, asked.launcher)  # refuses a standby that there are no ranks for
     run = RunDirectory(asked.runs_dir / asked.recipe.name)
     if asked.dry_run:
         print(describe(asked, where, run.path))
@@ -122,6 +124,8 @@ def attend(asked: Launch, run: RunDirectory, job: Submitted, console: Console, i
             if view.phase is Phase.READY and view.endpoint and not announced:
                 announced = True
                 console.print(endpoint_text(view.endpoint), highlight=False, markup=False)
+                for line in watch.node_notes(run, view):
+                    console.print(line, highlight=False, markup=False)
                 if asked.wait is Wait.READY:
                     return
                 console.print("Ctrl-C stops the deployment", highlight=False)

@@ -43,6 +43,7 @@ from launch.recipe import (
     Role,
     RouterMode,
     Security,
+    Standby,
     Tiny,
     Tokenize,
     Wait,
@@ -130,7 +131,10 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
                 kv_load_failure=word(LoadFailure, "engine.kv_load_failure", written.engine.kv_load_failure),
             )
         ),
-        control=Control(**_fields(written.control)),
+        control=Control(
+            # Hydra reads true and false as such, and OmegaConf writes them back with a capital.
+            **_fields(written.control, standby=word(Standby, "control.standby", written.control.standby.lower()))
+        ),
         frontend=Frontend(
             **_fields(
                 written.frontend,

@@ -137,6 +137,14 @@ class When(StrEnum):
     NEVER = "never"
 
 
+class Standby(StrEnum):
+    """Whether ranks 1 and 2 can take over from rank 0; auto where there are as many."""
+
+    AUTO = "auto"
+    YES = "true"
+    NO = "false"
+
+
 class LocalPrefillMode(StrEnum):
     """When a decode engine computes a prompt itself: never, short prompts, or also while prefill engines are behind."""
 
@@ -244,9 +252,10 @@ class Engine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Control:
-    """The embedded NATS and etcd of rank 0."""
+    """The embedded NATS and etcd of the ranks that may lead."""
 
     dedicated: bool
+    standby: Standby
     lease_ttl_s: int
     etcd: str | None
     nats_server: str | None

@@ -2,7 +2,8 @@
 
     plan.yaml, recipe.yaml      what was decided; recipe.yaml (0600) is what the ranks read
     job.json                    how it was submitted: launcher, id, attempt
-    control.json      (0600)    where rank 0's NATS and etcd are, and every secret of the deployment
+    control.json      (0600)    where NATS and etcd are, and every secret of the deployment
+    head.json                   the rank that leads, once it is not rank 0
     control/                    their configuration and data; client.pem is what etcd knows us by; what frontends knew last
     endpoint.json     (0600)    where to send requests, and the state of the deployment
     api_key           (0600)    the key that clients send
@@ -98,7 +99,8 @@ class RankRecord(msgspec.Struct, kw_only=True):
     """What a rank last said; `heartbeat` is its own clock, in seconds since the epoch.
 
     `pid` and `born` (the kernel's start time of the process, in clock ticks) name its agent on `host` for good; `step` is
-    Slurm's name of the step that it is a task of, where it is one.
+    Slurm's name of the step that it is a task of, where it is one. At the end, `drained` says that its frontends have
+    finished, `quiet` that nothing of its members is left, and `ended` that nothing is left at all.
     """
 
     attempt: int
@@ -112,6 +114,7 @@ class RankRecord(msgspec.Struct, kw_only=True):
     members: dict[str, MemberRecord] = {}
     control_ready_s: float | None = None
     drained: bool = False
+    quiet: bool = False
     ended: bool = False
     failure: str | None = None
     step: str = ""
@@ -120,16 +123,19 @@ class RankRecord(msgspec.Struct, kw_only=True):
 class Control(msgspec.Struct, kw_only=True):
     """Addresses and secrets of the control plane.
 
+    Each list has one entry for each rank that runs a server, in the order of ranks from 0 on; those of what the servers ask
+    each other (`nats_routes`, `etcd_peers`) are empty where there is one. A client may ask any of them.
+
     The CURVE key pairs (Z85 text) are those of every worker's request socket, and of every frontend that connects to one:
     each side proves that it has its own (`workers.runtime.curve`). etcd is asked over TLS: `etcd_authority` (PEM) is who
     signed its certificate, and `etcd_client_file` holds ours and its key.
     """
 
     attempt: int
-    nats_url: str
+    nats_urls: list[str]
     nats_user: str
     nats_password: str
-    etcd_url: str
+    etcd_urls: list[str]
     etcd_user: str
     etcd_password: str
     worker_public: str
@@ -138,10 +144,33 @@ class Control(msgspec.Struct, kw_only=True):
     frontend_secret: str = ""
     etcd_authority: str = ""
     etcd_client_file: str = ""
+    nats_routes: list[str] = []
+    nats_route_password: str = ""
+    etcd_peers: list[str] = []
+
+    @property
+    def nats_url(self) -> str:
+        """The first NATS server."""
+        return self.nats_urls[0]
+
+    @property
+    def etcd_url(self) -> str:
+        """The first etcd server."""
+        return self.etcd_urls[0]
+
+
+class Head(msgspec.Struct, kw_only=True):
+    """The rank that leads an attempt. `term` grows with each that ever led: etcd's revision of its claim."""
+
+    attempt: int
+    rank: int
+    term: int
 
 
 class Endpoint(msgspec.Struct, kw_only=True):
     """What a client needs; `expires_at` is seconds since the epoch, or null without a time limit.
+
+    `head` is the rank that published it, in its `term`; `lost` are the ranks that have not been heard for a while.
 
     All frontends serve `url`. `urls` has for each frontend one that only it serves: for its metrics, and for operators.
     """
@@ -152,6 +181,9 @@ class Endpoint(msgspec.Struct, kw_only=True):
     state: Phase
     api_key_file: str
     expires_at: float | None = None
+    head: int = 0
+    term: int = 0
+    lost: list[int] = []
 
 
 class RunDirectory:
@@ -213,7 +245,7 @@ class RunDirectory:
         self.logs(attempt).mkdir(parents=True)
         (self.path / "ranks").mkdir(exist_ok=True)
         self.targets_file.parent.mkdir(exist_ok=True)
-        records = [self.path / name for name in ("control.json", "endpoint.json", "preflight.json")]
+        records = [self.path / name for name in ("control.json", "endpoint.json", "head.json", "preflight.json")]
         for stale in (self.stop_file, *records, *self._rank_files(), *(self.path / "preflight").glob("*.json")):
             stale.unlink(missing_ok=True)
         # The recipe may hold tokens in the engines' environment.
@@ -248,11 +280,16 @@ class RunDirectory:
         return self._read("job.json", Job)
 
     def control(self) -> Control | None:
-        """The control plane of the running attempt, once rank 0 has published it."""
+        """The control plane of the running attempt, once it serves."""
         return self._read("control.json", Control)
 
+    def head(self, attempt: int) -> Head:
+        """Who leads the attempt: the one place that says so."""
+        head = self._read("head.json", Head)
+        return head if head and head.attempt == attempt else Head(attempt=attempt, rank=0, term=0)
+
     def endpoint(self) -> Endpoint | None:
-        """The endpoint of the running attempt, once rank 0 has published it."""
+        """The endpoint of the running attempt, once the head has published it."""
         return self._read("endpoint.json", Endpoint)
 
     def rank(self, attempt: int, rank: int) -> RankRecord | None:
@@ -272,6 +309,10 @@ class RunDirectory:
     def put_control(self, control: Control) -> None:
         """Publish the control plane, secrets included."""
         write(self.path / "control.json", _json(control), mode=0o600)
+
+    def put_head(self, head: Head) -> None:
+        """Publish who leads."""
+        write(self.path / "head.json", _json(head))
 
     def put_endpoint(self, endpoint: Endpoint) -> None:
         """Publish the endpoint."""

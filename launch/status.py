@@ -39,6 +39,8 @@ def main() -> int:
     else:
         console = Console(soft_wrap=True)
         console.print(table(f"{run.name} is {phase}{f', {alive}' if alive else ''}", view.rows if alive else []))
+        for line in watch.node_notes(run, view) if alive else ():
+            console.print(line, markup=False, highlight=False)
         if view.failure:
             console.print(view.failure, markup=False, highlight=False)
         if alive and view.endpoint:

@@ -18,6 +18,7 @@ from launch.plan import plan
 from launch.progress import Row, rows
 from launch.recipe import Launcher
 from launch.records import SILENT_AFTER_S, Endpoint, Job, Phase, RankRecord, RunDirectory
+from launch.standby import UNCOVERED, control_ranks
 from slurm import signals
 from slurm.children import born, tail
 
@@ -104,6 +105,19 @@ def where_alive(run: RunDirectory) -> str | None:
     if not alive and job.launcher in (Launcher.LOCAL, Launcher.ALLOCATION) and is_controller(job.id, run):
         alive = [job.id]
     return f"on this machine, process {alive[0]}" if alive else None
+
+
+def node_notes(run: RunDirectory, view: View) -> list[str]:
+    """What there is to say of nodes: which are lost, which rank leads if not the first, and whether that one is covered."""
+    recipe = run.recipe()
+    leading = control_ranks(recipe, plan(recipe), view.job.launcher)
+    lost = view.endpoint.lost if view.endpoint else []
+    notes = [f"lost: rank {rank} on {view.ranks[rank].host}" for rank in lost if rank in view.ranks]
+    head = run.head(view.job.attempt).rank
+    if head:
+        notes.append(f"rank {head} leads, since rank 0 was lost")
+    on_nodes = view.job.launcher in (Launcher.SLURM, Launcher.ALLOCATION) or view.expected > 1
+    return notes + ([UNCOVERED] if len(leading) == 1 and on_nodes else [])
 
 
 def recently_heard(ranks: dict[int, RankRecord]) -> bool:

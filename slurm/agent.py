@@ -1,10 +1,11 @@
 """The agent: one for each rank. It claims the rank's ports, starts the members that the plan gives it, keeps them running,
 tells the run directory how they are, and ends them in order.
 
-Rank 0's agent also runs the control plane and the frontends, and publishes the state of the whole deployment.
+The agents of ranks that may lead (`launch.standby`) also run the control plane and frontends; the one that does lead, the
+head (`slurm.head`), publishes the state of the whole deployment. All others follow it.
 
 Ending, in order: frontends stop admitting and finish what runs; then engines withdraw and stop, on all ranks; then, when
-the other ranks have ended, the control plane.
+nothing is left of them, the control plane; the head is the last to go.
 """
 
 from __future__ import annotations
@@ -15,29 +16,29 @@ import functools
 import logging
 import math
 import os
-import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from pathlib import Path
-
-import zmq
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from typing import Any
 
 from launch.errors import DeploymentError, LaunchError
-from launch.plan import ETCD_PORT, NATS_PORT, Member, Plan, plan
+from launch.plan import Member, Plan, plan
 from launch.recipe import Launcher, Recipe
-from launch.records import Control, Job, MemberRecord, RankRecord, RunDirectory, State
-from slurm import children, commands, fabric, hosts, limit, ports, signals
+from launch.records import Head, Job, MemberRecord, Phase, RankRecord, RunDirectory, State
+from launch.standby import control_ranks, frontends_on
+from slurm import children, commands, control, fabric, ghost, hosts, limit, ports, signals
 from slurm.batch import notice_s
 from slurm.examination import Examination
+from slurm.head import Headship
+from slurm.heard import Heard
 from slurm.overseer import Overseer
 from slurm.places import Place
 from slurm.supervise import Command, Supervised
 from slurm.together import Together
 from workers.control import servers
-from workers.control.certificates import Certificates, issue
 from workers.runtime.awake import AwakeClock
+from workers.runtime.etcd import Etcd
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ HEARTBEAT_S = 2.0
 POLL_S = 0.2
 SERVER_READY_S = 60.0
 FRONTEND_READY_S = 60.0
-LOST_RANK0_S = 60.0
+LOST_HEAD_S = 60.0
+STANDBY_AGAIN_S = 30.0
 
 
 def main(run: RunDirectory, ranks: Sequence[int], job_key: str) -> None:
@@ -72,9 +74,14 @@ async def _serve(run: RunDirectory, ranks: Sequence[int], job_key: str) -> None:
         raise LaunchError(f"{run.path} has no job.json: launch with `python -m launch`")
     where = plan(recipe)
     agents.extend(Agent(run, recipe, where, job, rank, stop) for rank in ranks)
-    watch = asyncio.create_task(_stop_before_the_limit(recipe, job, 0 in ranks, notice, stop), name="limit")
+
+    def leads() -> bool:
+        return any(agent.leads for agent in agents)
+
+    watch = asyncio.create_task(_stop_before_the_limit(recipe, job, leads, notice, stop), name="limit")
     results = await asyncio.gather(*(agent.run(job_key) for agent in agents), return_exceptions=True)
     watch.cancel()
+    await ghost.end(run, job, agents[0].lost, os.environ)
     for result in results:
         if isinstance(result, BaseException):
             raise result
@@ -108,15 +115,15 @@ def _install_signals(stop: asyncio.Event, notice: asyncio.Event, agents: list[Ag
 
 
 async def _stop_before_the_limit(
-    recipe: Recipe, job: Job, rank0: bool, notice: asyncio.Event, stop: asyncio.Event
+    recipe: Recipe, job: Job, leads: Callable[[], bool], notice: asyncio.Event, stop: asyncio.Event
 ) -> None:
     """After Slurm's notice, set `stop` when what runs can still finish before the time limit, and not before.
 
-    The notice comes up to a minute early, and the limit may be moved: so the time is asked for, by rank 0 for all.
+    The notice comes up to a minute early, and the limit may be moved: so the time is asked for, by the head for all.
     """
     await notice.wait()
-    if not rank0:
-        return  # rank 0 decides for all: see `Agent._watch_rank0`
+    while not leads():  # noqa: ASYNC110  # what changes is a file
+        await asyncio.sleep(POLL_S)  # the head decides for all, see `Agent._follow_head`; this rank may become it yet
     need_s = notice_s(recipe)
     while True:
         end = await asyncio.to_thread(limit.ends_at, job.launcher, os.environ)
@@ -142,9 +149,12 @@ class Agent:
         self._rank = rank
         self._stop = stop
         self._supervised: list[Supervised] = []
+        self._frontends: dict[str, Supervised] = {}
         self._together: dict[str, Together] = {}
+        self._control_ranks = control_ranks(recipe, where, job.launcher)
+        self._heard = Heard()
+        self._published = asyncio.Event()
         self._unwritten = False
-        self._ends_at: float | None = None
         # An agent begins with its process, imports included; the debug launcher's process began long before.
         self._started = time.monotonic() - (0.0 if job.launcher is Launcher.DEBUG else process_age_s())
         self._record = RankRecord(
@@ -160,8 +170,24 @@ class Agent:
             step=own_step(os.environ),
         )
         self._examination = Examination(
-            run, recipe, where, job.launcher, self._record, self._devices(), self._wait_for, stop
+            run, recipe, where, job.launcher, self._record, self._devices(), self._wait_for, stop, self._is_head
         )
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank is the head."""
+        return _holds(self._is_head)
+
+    @property
+    def lost(self) -> list[int]:
+        """Ranks that ended without a word, as far as is known."""
+        try:
+            ranks, endpoint = self._run.ranks(self._job.attempt), self._run.endpoint()
+        except OSError:
+            return []
+        self._heard.look(ranks)
+        told = endpoint.lost if endpoint else []
+        return sorted({*self._heard.lost(ranks), *(rank for rank in told if rank in ranks and not ranks[rank].ended)})
 
     def kill(self) -> None:
         """End every child at once."""
@@ -203,14 +229,16 @@ class Agent:
                         group.create_task(self._examination.examine(), name="preflight"),
                         group.create_task(self._examination.offer(), name="offer"),
                     ]
-                    if self._rank == 0:
-                        overseer = Overseer(self._run, self._recipe, self._plan, self._job, self._stop)
-                        async with self._control_plane(group), overseer.published() as endpoint:
-                            self._ends_at = endpoint.expires_at
-                            background.append(group.create_task(overseer.watch(), name="overseer"))
+                    background.append(group.create_task(self._follow_head(), name="head"))
+                    if self._rank in self._control_ranks:
+                        async with self._control_plane(group) as headship:
+                            lead = group.create_task(self._lead(headship), name="lead")
+                            if headship.leads:
+                                await self._published.wait()
                             await self._members(group)
+                            lead.cancel()
+                            await asyncio.wait([lead])  # its last word
                     else:
-                        background.append(group.create_task(self._watch_rank0(), name="rank0"))
                         await self._members(group)
                     for task in background:
                         task.cancel()
@@ -218,12 +246,14 @@ class Agent:
                 raise _innermost(errors) from None
 
     async def _members(self, group: asyncio.TaskGroup) -> None:
-        """Frontends (rank 0) and engine members, from their start to their end."""
+        """Frontends (of ranks that may lead) and engine members, from their start to their end."""
         await self._wait_for_control()
         limit_s = self._recipe.engine.ready_timeout_s + 2 * self._recipe.preflight.timeout_s
         if not await self._wait_for(self._examination.sound.is_set, limit_s, unless_stopped=True):
             raise DeploymentError(f"the preflight of rank {self._rank} did not end: see its log")
-        frontends = [self._frontend(name) for name in self._plan.frontends] if self._rank == 0 else []
+        if self._rank in self._control_ranks:
+            for name in frontends_on(self._plan, self._rank):
+                group.create_task(self._keep_frontend(name), name=name)
         leaders: list[Supervised] = []
         followers: list[tuple[Member, Supervised]] = []
         for member in self._plan.on(self._rank):
@@ -236,53 +266,142 @@ class Agent:
                 leaders.append(item)
             else:
                 followers.append((member, item))
-        for item in (*frontends, *leaders, *(item for _, item in followers)):
+        for item in (*leaders, *(item for _, item in followers)):
             group.create_task(item.run(), name=item.command.name)
         await self._stop.wait()
         for item in (*leaders, *(item for _, item in followers)):
             item.expect_end()
-        if self._rank == 0:
-            await _all_stopped(frontends)
-            self._record.drained = True
-            self._save()
-        else:
-            await self._wait_for(self._rank0_drained, self._recipe.engine.drain_s + 5)
+        await _all_stopped(list(self._frontends.values()))
+        self._record.drained = True
+        self._save()
+        await self._wait_for(self._frontends_drained, self._recipe.engine.drain_s + 5)
         await _all_stopped(leaders)
         for member, _ in followers:
             # An engine finishes with all of its nodes: the others end after node 0 has.
             head = self._plan.leader_of(member.engine)
             await self._wait_for(functools.partial(self._has_ended, head), self._recipe.engine.drain_s + 20)
         await _all_stopped([item for _, item in followers])
-        self._record.drained = True
+        self._record.quiet = True
+        self._save()
 
     @contextlib.asynccontextmanager
-    async def _control_plane(self, group: asyncio.TaskGroup) -> AsyncIterator[None]:
-        """NATS and etcd, serving and published within the block; they end after the other ranks."""
-        certificates = issue(self._record.address)
-        folder = self._run.path / "control"
-        control = self._new_control(certificates, servers.client_file(certificates, folder))
-        nats = servers.nats(control, servers.find_nats(self._recipe.control.nats_server), folder / "nats")
-        etcd = servers.etcd(
-            control,
-            certificates,
-            servers.find_etcd(self._recipe.control.etcd),
-            folder / f"etcd-{self._job.attempt}",
-        )
-        running = [self._server(server) for server in (nats, etcd)]
-        tasks = [group.create_task(item.run(), name=item.command.name) for item in running]
-        for item in running:
-            await item.first_ready.wait()
-        self._record.control_ready_s = round(time.monotonic() - self._started, 3)
-        log.info("control plane ready %.2f s after the agent's start", self._record.control_ready_s)
-        self._run.put_control(control)
-        self._save()
-        yield
-        grace = self._recipe.engine.drain_s + 15
-        if any(not member.leader for member in self._plan.members):
-            grace *= 2  # followers end after their leaders
-        await self._wait_for(lambda: not self._others_running(), grace)
-        await _all_stopped(running)
-        await asyncio.gather(*tasks)
+    async def _control_plane(self, group: asyncio.TaskGroup) -> AsyncIterator[Headship]:
+        """This rank's NATS and etcd, serving within the block, and who leads; they end after all members have."""
+        headship = Headship(self._recipe.name, self._rank)
+        async with contextlib.AsyncExitStack() as stack:
+            seed = await self._seed()
+            servers_here = control.of_rank(self._run, self._recipe, seed, self._rank) if seed else ()
+            running = [self._server(server) for server in servers_here]
+            tasks = [group.create_task(item.run(), name=item.command.name) for item in running]
+            await self._wait_for(lambda: self._serving(running), math.inf, unless_stopped=True, poll_s=0.02)
+            if seed and len(self._control_ranks) > 1:
+                etcd = await stack.enter_async_context(Etcd(seed.control))
+                headship = Headship(self._recipe.name, self._rank, etcd)
+                keeper = group.create_task(headship.keep(self._may_lead), name="headship")
+                stack.push_async_callback(_cancelled, keeper)
+            if seed and self._rank == 0:
+                await self._wait_for(lambda: headship.leads, math.inf, unless_stopped=True, poll_s=0.02)
+                self._record.control_ready_s = round(time.monotonic() - self._started, 3)
+                log.info("control plane ready %.2f s after the agent's start", self._record.control_ready_s)
+                self._run.put_control(seed.control)
+                self._save()
+            yield headship
+            grace = self._recipe.engine.drain_s + 15
+            if any(not member.leader for member in self._plan.members):
+                grace *= 2  # followers end after their leaders
+            await self._wait_for(self._all_quiet, grace)
+            if headship.leads:
+                await self._wait_for(lambda: not self._others_running(), grace)
+            await _all_stopped(running)
+            await asyncio.gather(*tasks)
+
+    async def _seed(self) -> control.Seed | None:
+        """What rank 0 decided of the control plane; None when the end came first."""
+        records: dict[int, RankRecord] = {}
+
+        def decided() -> bool:
+            if self._rank:
+                return control.reap(self._run, self._job.attempt) is not None
+            records.update((rank, found) for rank in self._control_ranks if (found := self._record_of(rank)))
+            return len(records) == len(self._control_ranks)
+
+        limit_s = self._recipe.engine.ready_timeout_s
+        if not await self._wait_for(decided, limit_s, unless_stopped=True, poll_s=0.02):
+            raise DeploymentError(
+                f"ranks {', '.join(map(str, self._control_ranks))} did not all start within {limit_s:.0f} s: "
+                f"see {self._run.logs(self._job.attempt)}"
+            )
+        if self._rank:
+            return control.reap(self._run, self._job.attempt)
+        if len(records) < len(self._control_ranks):
+            return None
+        return control.sow(self._run, [records[rank] for rank in self._control_ranks])
+
+    def _serving(self, running: Sequence[Supervised]) -> bool:
+        """Whether the servers serve; they never will when the other ranks with servers have failed, which ends the wait."""
+        if all(item.first_ready.is_set() for item in running):
+            return True
+        found = [self._record_of(rank) for rank in self._control_ranks if rank != self._rank]
+        if any(record and (record.failure or record.ended) for record in found):
+            self._stop.set()
+        return False
+
+    def _may_lead(self) -> bool:
+        """Whether this rank may claim to lead: rank 0 from the start, others once it has led, and nobody at the end."""
+        if self._stop.is_set():
+            return False
+        with contextlib.suppress(OSError):
+            return self._rank == 0 or self._control_published()
+        return False
+
+    async def _lead(self, headship: Headship) -> None:
+        """Oversee the deployment whenever this rank is its head; for ever.
+
+        Raises:
+            DeploymentError: A rank did not start in time.
+        """
+        while True:
+            await headship.elected.wait()
+            if headship.contested:
+                self._run.put_head(Head(attempt=self._job.attempt, rank=self._rank, term=headship.term))
+            overseer = Overseer(
+                self._run, self._recipe, self._plan, self._job, self._stop, self._rank, headship, self._heard
+            )
+            async with overseer.published() as endpoint:
+                log.info("rank %d leads (term %d): %s", self._rank, headship.term, endpoint.url)
+                self._published.set()
+                await _first(overseer.watch(), headship.deposed.wait())
+            log.warning("rank %d no longer leads", self._rank)
+
+    async def _keep_frontend(self, name: str) -> None:
+        """A frontend, from the start where this rank leads, and once the deployment is ready where it may come to.
+
+        So one serves already when this rank has to lead, and none delays the start.
+
+        Raises:
+            ChildError: It did not start, on the head.
+            DeploymentError: It was not ready in time, on the head.
+        """
+        while not self._stop.is_set():
+            await self._wait_for(self._frontends_due, math.inf, unless_stopped=True)
+            if self._stop.is_set():
+                return
+            item = self._frontends[name] = self._frontend(name)
+            try:
+                await item.run()
+            except (LaunchError, OSError) as error:
+                if self.leads:
+                    raise
+                log.error("%s does not start; rank %d cannot lead without: %s", name, self._rank, error)
+                await self._wait_for(lambda: self.leads, STANDBY_AGAIN_S, unless_stopped=True)
+
+    def _frontends_due(self) -> bool:
+        endpoint = self._run.endpoint()
+        if endpoint is None or self._is_head():
+            return endpoint is not None
+        # Nodes played by one machine have but one such port between them.
+        alone = self._job.launcher is Launcher.LOCAL and self._recipe.frontend.port is not None
+        return endpoint.state is Phase.READY and not alone
 
     def _server(self, server: servers.Server) -> Supervised:
         return self._supervise(
@@ -299,7 +418,8 @@ class Agent:
         )
 
     def _frontend(self, name: str) -> Supervised:
-        invocation = commands.frontend(name, self._run.path, self._ends_at)
+        endpoint = self._run.endpoint()
+        invocation = commands.frontend(name, self._run.path, endpoint.expires_at if endpoint else None)
         return self._child(name, invocation, FRONTEND_READY_S)
 
     def _engine(self, member: Member) -> Supervised:
@@ -344,25 +464,6 @@ class Agent:
         self._supervised.append(item)
         return item
 
-    def _new_control(self, certificates: Certificates, client_file: Path) -> Control:
-        address, base = self._record.address, self._record.port_base
-        worker, frontend = ([key.decode() for key in zmq.curve_keypair()] for _ in range(2))
-        return Control(
-            attempt=self._job.attempt,
-            nats_url=f"nats://{address}:{base + NATS_PORT}",
-            nats_user="baton",
-            nats_password=secrets.token_urlsafe(24),
-            etcd_url=f"https://{address}:{base + ETCD_PORT}",
-            etcd_user="root",
-            etcd_password=secrets.token_urlsafe(24),
-            worker_public=worker[0],
-            worker_secret=worker[1],
-            frontend_public=frontend[0],
-            frontend_secret=frontend[1],
-            etcd_authority=certificates.authority,
-            etcd_client_file=str(client_file),
-        )
-
     # --- what this node and the way to the others are like ----------------------------------------------------------
 
     def _address(self) -> str:
@@ -383,12 +484,12 @@ class Agent:
     # --- what the other ranks say ---------------------------------------------------------------------------------
 
     async def _wait_for_control(self) -> None:
-        def published() -> bool:
-            control = self._run.control()
-            return control is not None and control.attempt == self._job.attempt
+        if not await self._wait_for(self._control_published, self._recipe.engine.ready_timeout_s, unless_stopped=True):
+            raise DeploymentError("rank 0 did not publish the control plane: see its log")
 
-        if not await self._wait_for(published, self._recipe.engine.ready_timeout_s, unless_stopped=True):
-            raise DeploymentError("rank 0 did not publish its control plane: see its log")
+    def _control_published(self) -> bool:
+        found = self._run.control()
+        return found is not None and found.attempt == self._job.attempt
 
     async def _wait_for_rank(self, rank: int) -> None:
         def there() -> bool:
@@ -397,7 +498,9 @@ class Agent:
         if not await self._wait_for(there, self._recipe.engine.ready_timeout_s, unless_stopped=True):
             raise DeploymentError(f"rank {rank} did not start: see {self._run.logs(self._job.attempt)}")
 
-    async def _wait_for(self, condition: Callable[[], bool], timeout_s: float, unless_stopped: bool = False) -> bool:
+    async def _wait_for(
+        self, condition: Callable[[], bool], timeout_s: float, unless_stopped: bool = False, poll_s: float = POLL_S
+    ) -> bool:
         """Poll until the condition holds; a stop also ends the wait (as if it held) when `unless_stopped`."""
         deadline = time.monotonic() + timeout_s
         while not _holds(condition):
@@ -405,16 +508,34 @@ class Agent:
                 return True
             if time.monotonic() > deadline:
                 return False
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(poll_s)
         return True
 
-    def _rank0_drained(self) -> bool:
-        rank0 = self._run.rank(self._job.attempt, 0)
-        return rank0 is None or rank0.drained or rank0.ended
+    def _record_of(self, rank: int) -> RankRecord | None:
+        return self._run.rank(self._job.attempt, rank)
+
+    def _is_head(self) -> bool:
+        """Whether this rank leads, as the run directory says."""
+        return self._run.head(self._job.attempt).rank == self._rank
+
+    def _left(self, done: Callable[[RankRecord], bool], ranks: Sequence[int] | None = None) -> list[int]:
+        """The other ranks that are not done, those left out that have ended or are lost."""
+        found, lost = self._run.ranks(self._job.attempt), self.lost
+        others = {rank: record for rank, record in found.items() if rank != self._rank and rank not in lost}
+        return [
+            rank
+            for rank, record in others.items()
+            if not (record.ended or done(record)) and (ranks is None or rank in ranks)
+        ]
+
+    def _frontends_drained(self) -> bool:
+        return not self._left(lambda record: record.drained, self._control_ranks)
+
+    def _all_quiet(self) -> bool:
+        return not self._left(lambda record: record.quiet)
 
     def _others_running(self) -> list[int]:
-        ranks = self._run.ranks(self._job.attempt)
-        return [rank for rank, record in ranks.items() if rank != self._rank and not record.ended]
+        return self._left(lambda record: False)
 
     def _has_ended(self, member: Member) -> bool:
         """Whether nothing is left of a member of another rank."""
@@ -425,34 +546,39 @@ class Agent:
         return record is not None and record.state in (State.STOPPED, State.FAILED)
 
     def _refuse_loopback(self) -> None:
-        """Refuse an address that rank 0's node cannot reach.
+        """Refuse an address that the head's node cannot reach.
 
         Raises:
             LaunchError: The ranks are on different hosts, and one of the two gives a loopback address.
         """
-        rank0 = self._run.rank(self._job.attempt, 0)
-        if rank0 is not None:
-            here, there = (self._record.host, self._record.address), (rank0.host, rank0.address)
+        head = self._record_of(self._run.head(self._job.attempt).rank)
+        if head is not None:
+            here, there = (self._record.host, self._record.address), (head.host, head.address)
             hosts.refuse_loopback(here, there)
 
-    async def _watch_rank0(self) -> None:
-        """End with rank 0: when it was asked to stop, when it has ended.
+    async def _follow_head(self) -> None:
+        """End with the head: when it was asked to stop, when it has ended.
 
         Raises:
-            DeploymentError: It did not start in time, or has not been heard for a long time.
+            DeploymentError: It did not start in time, or has not been heard for a long time and nobody has taken over.
         """
-        clock = AwakeClock()  # a pause of this rank is not rank 0's silence
-        heard, last, allowed_s = clock.now, 0.0, self._recipe.engine.ready_timeout_s
+        clock = AwakeClock()  # a pause of this rank is not the head's silence
+        heard, last, allowed_s = clock.now, (0, 0.0), self._recipe.engine.ready_timeout_s
+        head = Head(attempt=self._job.attempt, rank=0, term=0)
         while True:
             clock.tick()
             with contextlib.suppress(OSError):  # the shared file system has a bad moment: look again
-                rank0 = self._run.rank(self._job.attempt, 0)
-                if rank0 and rank0.heartbeat != last:
-                    heard, last, allowed_s = clock.now, rank0.heartbeat, LOST_RANK0_S
-                if self._run.stop_file.exists() or (rank0 and (rank0.drained or rank0.ended)):
+                head = self._run.head(self._job.attempt)
+                record = self._record_of(head.rank)
+                self._heard.look({head.rank: record} if record else {})
+                if record and (head.term, record.heartbeat) != last:
+                    heard, last, allowed_s = clock.now, (head.term, record.heartbeat), LOST_HEAD_S
+                led = record if head.rank != self._rank else None
+                if self._run.stop_file.exists() or (led and (led.drained or led.ended)):
                     self._stop.set()
-            if clock.now - heard > allowed_s and not self._stop.is_set():
-                raise DeploymentError(f"rank 0 was not heard for {allowed_s:.0f} s")
+            if clock.now - heard > allowed_s and not self._stop.is_set() and head.rank != self._rank:
+                nobody = " and no other rank took over" if len(self._control_ranks) > 1 else ""
+                raise DeploymentError(f"rank {head.rank}, the head, was not heard for {allowed_s:.0f} s{nobody}")
             await asyncio.sleep(POLL_S)
 
     # --- what this rank says --------------------------------------------------------------------------------------
@@ -519,6 +645,23 @@ def _holds(condition: Callable[[], bool]) -> bool:
 
 async def _all_stopped(items: Sequence[Supervised]) -> None:
     await asyncio.gather(*(item.stop() for item in items))
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def _first(*waits: Coroutine[Any, Any, object]) -> None:
+    """Return when the first of them ends, the others cancelled; raises what it raised."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _innermost(error: BaseException) -> BaseException:

@@ -1,6 +1,6 @@
 """The preflight of one rank, done: it tests its node and the way to its peers, answers the tests of others, and tells.
 
-Every rank writes what it found; rank 0 puts all of it together in `preflight.json`, which is also how the others know that
+Every rank writes what it found; the head puts all of it together in `preflight.json`, which is also how the others know that
 nobody tests them any more.
 """
 
@@ -50,6 +50,7 @@ class Examination:
         visible: tuple[str, ...] | None,
         waiting: Waiting,
         stop: asyncio.Event,
+        leads: Callable[[], bool],
     ) -> None:
         self.sound = asyncio.Event()
         self.buses: tuple[str, ...] = ()
@@ -61,6 +62,7 @@ class Examination:
         self._visible = visible
         self._waiting = waiting
         self._stop = stop
+        self._leads = leads
         self._wide = preflight.between(recipe, launcher, plan)
         self._answering: asyncio.Server | None = None
 
@@ -158,15 +160,15 @@ class Examination:
         return {**os.environ, **fabric.unless_told(told, os.environ), **self._recipe.engine.env}
 
     def _all_reported(self) -> bool:
-        """Rank 0 counts the reports, the others look for what it makes of them: one file for each, not all for all."""
-        if self._record.rank:
+        """The head counts the reports, the others look for what it makes of them: one file for each, not all for all."""
+        if not self._leads():
             return self._run.preflight_file.exists()
         return self._run.preflights_written() == self._plan.ranks
 
     async def _tell_verdict(self, timeout_s: float) -> None:
-        """Wait until every rank has reported; rank 0 then publishes and logs it all."""
+        """Wait until every rank has reported; the head then publishes and logs it all."""
         await self._waiting(self._all_reported, timeout_s, unless_stopped=True)
-        if self._record.rank or not self._all_reported():
+        if not self._leads() or not self._all_reported():
             return
         reports = [msgspec.json.decode(content, type=Report) for content in self._run.preflights()]
         self._run.put_preflight(None, msgspec.json.format(msgspec.json.encode(reports)))

@@ -1,4 +1,4 @@
-"""Rank 0's view of the whole deployment: what `endpoint.json` says, and when everybody has to stop."""
+"""The head's view of the whole deployment: what `endpoint.json` says, and when everybody has to stop."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from launch.errors import DeploymentError
 from launch.plan import FRONTEND_PORT, Plan, shared_port
 from launch.recipe import Launcher, Recipe
 from launch.records import SILENT_AFTER_S, Endpoint, Job, Phase, RankRecord, RunDirectory, State
+from launch.standby import frontends_on
 from launch.trust import trusting
 from slurm import limit
+from slurm.head import Headship
+from slurm.heard import Heard
 from slurm.places import Place
 
 log = logging.getLogger(__name__)
@@ -29,23 +32,40 @@ SETTLED_POLL_S = 0.5
 class Overseer:
     """Publishes the endpoint and its state; sets `stop` when somebody asks for the end or a rank has failed."""
 
-    def __init__(self, run: RunDirectory, recipe: Recipe, plan: Plan, job: Job, stop: asyncio.Event) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        recipe: Recipe,
+        plan: Plan,
+        job: Job,
+        stop: asyncio.Event,
+        rank: int,
+        head: Headship,
+        heard: Heard,
+    ) -> None:
+        """Make it on the rank that leads; `heard` is kept up to date here."""
         self._run = run
         self._recipe = recipe
         self._plan = plan
         self._job = job
         self._stop = stop
+        self._rank = rank
+        self._head = head
+        self._heard = heard
         self._was_ready = False
+        self._withheld = False
         self._begun = time.monotonic()
-        self._heard: dict[int, tuple[float, float]] = {}
         self._targets_told: list[dict[str, Any]] = []
         self._endpoint: Endpoint | None = None
 
     @contextlib.asynccontextmanager
     async def published(self) -> AsyncIterator[Endpoint]:
         """The endpoint, from its first word to `stopped`."""
-        rank0 = self._run.ranks(self._job.attempt)[0]
-        place = Place(rank0.address, rank0.port_base)
+        ranks, before = self._run.ranks(self._job.attempt), self._run.endpoint()
+        place = Place(ranks[self._rank].address, ranks[self._rank].port_base)
+        if before and before.head != self._rank and before.head in ranks:
+            self._heard.doubt(ranks[before.head])  # it would lead still
+        self._was_ready = before is not None and before.state in (Phase.READY, Phase.DEGRADED)
         shared = shared_port(self._recipe, place)
         count = len(self._plan.frontends)
         own = [shared] if count == 1 else [int(place.port(FRONTEND_PORT + index)) for index in range(count)]
@@ -54,16 +74,19 @@ class Overseer:
             url=f"{scheme}://{place.address}:{shared}/v1",
             urls=[f"{scheme}://{place.address}:{port}/v1" for port in own],
             models=[self._recipe.model.name],
-            state=Phase.STARTING,
+            state=Phase.DEGRADED if self._was_ready else Phase.STARTING,
             api_key_file=str(self._run.api_key_file),
             expires_at=await asyncio.to_thread(self._expires_at),
+            head=self._rank,
+            term=self._head.term,
+            lost=before.lost if before else [],
         )
         self._run.put_endpoint(self._endpoint)
         try:
             yield self._endpoint
         finally:
             with contextlib.suppress(OSError):
-                self._publish(Phase.STOPPED)
+                self._publish(Phase.STOPPED, self._endpoint.lost)
 
     async def watch(self) -> None:
         """Follow the ranks and the stop file; for ever.
@@ -92,7 +115,8 @@ class Overseer:
         absent = sorted(set(range(self._plan.ranks)) - set(ranks))
         if absent and time.monotonic() - self._begun > self._recipe.engine.ready_timeout_s:
             raise DeploymentError(f"ranks {absent} did not start: see {self._run.logs(self._job.attempt)}")
-        self._publish(await self._phase(ranks))
+        self._heard.look(ranks)
+        self._publish(await self._phase(ranks), self._heard.lost(ranks))
         targets = self._targets(ranks)
         if targets != self._targets_told:
             self._run.put_targets(targets)
@@ -101,23 +125,15 @@ class Overseer:
     async def _phase(self, ranks: Mapping[int, RankRecord]) -> Phase:
         if self._stop.is_set():
             return Phase.DRAINING
-        heard = [record for record in ranks.values() if not self._silent(record)]
+        heard = [record for record in ranks.values() if not self._heard.silent(record.rank)]
         states = {name: member.state for record in heard for name, member in record.members.items()}
-        names = [*(member.name for member in self._plan.members), *self._plan.frontends]
+        names = [*(member.name for member in self._plan.members), *frontends_on(self._plan, self._rank)]
         whole = all(states.get(name) is State.READY for name in names)
         if not whole:
             return Phase.DEGRADED if self._was_ready else Phase.STARTING
         if not self._was_ready:
             self._was_ready = await self._routed()
         return Phase.READY if self._was_ready else Phase.STARTING
-
-    def _silent(self, record: RankRecord) -> bool:
-        """Whether a rank has not written for a while, by our own clock: the clocks of nodes differ."""
-        heartbeat, since = self._heard.get(record.rank, (0.0, 0.0))
-        if heartbeat != record.heartbeat:
-            since = time.monotonic()
-            self._heard[record.rank] = (record.heartbeat, since)
-        return time.monotonic() - since > SILENT_AFTER_S
 
     async def _routed(self) -> bool:
         """Whether every frontend says that it can answer and misses nobody."""
@@ -137,13 +153,41 @@ class Overseer:
             return False
         return said.endswith(b'"status":"ready"}')
 
-    def _publish(self, phase: Phase) -> None:
-        assert self._endpoint
-        if phase is self._endpoint.state or self._endpoint.state is Phase.STOPPED:
+    def _publish(self, phase: Phase, lost: list[int]) -> None:
+        own = self._endpoint
+        assert own
+        changed = (phase, lost) != (own.state, own.lost)
+        if own.state is Phase.STOPPED or not (changed or self._overwritten()):
             return
-        log.info("the deployment is %s", phase)
-        self._run.put_endpoint(msgspec.structs.replace(self._endpoint, state=phase))
-        self._endpoint.state = phase
+        if not self._may_publish():
+            if not self._withheld:
+                log.warning("rank %d is not sure to lead: it publishes nothing", self._rank)
+            self._withheld = True
+            return
+        self._withheld = False
+        if phase is not own.state:
+            log.info("the deployment is %s", phase)
+        for rank in set(lost) - set(own.lost):
+            log.warning("rank %d is lost: it was not heard for %.0f s", rank, SILENT_AFTER_S)
+        self._run.put_endpoint(msgspec.structs.replace(own, state=phase, lost=lost))
+        own.state, own.lost = phase, lost
+
+    def _overwritten(self) -> bool:
+        """Whether the endpoint is not ours: a head before us, held up for long, wrote it after we had."""
+        published = self._run.endpoint() if self._head.contested else None
+        return published is not None and published.term < self._head.term
+
+    def _may_publish(self) -> bool:
+        """Whether what we say is the head's word: nobody later has spoken, and nobody else can have been elected.
+
+        While all stop, nobody is elected any more, and etcd ends before the last word.
+        """
+        if not self._head.contested:
+            return True
+        published = self._run.endpoint()
+        if published and published.term > self._head.term and published.head != self._rank:
+            return False
+        return self._head.sure or (self._head.leads and self._stop.is_set())
 
     def _expires_at(self) -> float | None:
         """When Slurm ends the job; where nobody can say, our own limit is counted from now."""
@@ -162,7 +206,7 @@ class Overseer:
                 labels = {"role": str(member.kind), "replica": str(member.replica), "member": member.name}
                 found.append({"targets": [page], "labels": {"deployment": self._recipe.name, **labels}})
         assert self._endpoint
-        for name, url in zip(self._plan.frontends, self._endpoint.urls, strict=True):
+        for name, url in zip(frontends_on(self._plan, self._rank), self._endpoint.urls, strict=True):
             page = url.partition("://")[2].removesuffix("/v1")
             labels = {"deployment": self._recipe.name, "role": "frontend", "member": name}
             labels |= {"__scheme__": "https"} if self._recipe.scheme == "https" else {}

@@ -43,10 +43,10 @@ def control(tmp_path: Path) -> Control:
         base = block.base
     return Control(
         attempt=1,
-        nats_url=f"nats://127.0.0.1:{base + NATS_PORT}",
+        nats_urls=[f"nats://127.0.0.1:{base + NATS_PORT}"],
         nats_user="baton",
         nats_password="secret",
-        etcd_url=f"https://127.0.0.1:{base + ETCD_PORT}",
+        etcd_urls=[f"https://127.0.0.1:{base + ETCD_PORT}"],
         etcd_user="root",
         etcd_password="secret",
         worker_public="",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cryptography import x509
@@ -32,8 +33,8 @@ class Certificates:
     client_key: str = field(repr=False)
 
 
-def issue(address: str) -> Certificates:
-    """New certificates for a server at an IP address and for its clients."""
+def issue(*addresses: str) -> Certificates:
+    """New certificates for the servers at these IP addresses, which share one, and for their clients."""
     authority_key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "baton")])
     authority = (
@@ -42,17 +43,18 @@ def issue(address: str) -> Certificates:
         .sign(authority_key, hashes.SHA256())
     )
 
-    def signed(*purposes: x509.ObjectIdentifier, at: str | None = None) -> tuple[str, str]:
+    def signed(*purposes: x509.ObjectIdentifier, at: Sequence[str] = ()) -> tuple[str, str]:
         key = ec.generate_private_key(ec.SECP256R1())
         # No name of its own: etcd would take it for the name of a user.
         builder = _begun(x509.Name([]), name, key).add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
-        if at is not None:
-            names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(at))])
+        if at:
+            unique = dict.fromkeys(at)
+            names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(item)) for item in unique])
             builder = builder.add_extension(names, critical=True)
         return _pem(builder.sign(authority_key, hashes.SHA256())), _key_pem(key)
 
-    # etcd's HTTP gateway is a client of its own server, with the server's certificate.
-    server = signed(ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH, at=address)
+    # etcd's HTTP gateway is a client of its own server, and members of one another, with the server's certificate.
+    server = signed(ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH, at=addresses)
     return Certificates(_pem(authority), *server, *signed(ExtendedKeyUsageOID.CLIENT_AUTH))
 
 

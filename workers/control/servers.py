@@ -1,4 +1,6 @@
-"""nats-server and etcd as children of rank 0: their commands, and how each says that it is ready.
+"""nats-server and etcd as children of an agent: their commands, and how each says that it is ready.
+
+One of each on rank 0, or one on each of three ranks: then they form a cluster, which serves as long as two of them live.
 
 Both bind the chosen interface only and ask for credentials, etcd for a certificate too. Their data lies under the run directory, and is disposable:
 etcd holds leases that end with the job, so it does not wait for the disk.
@@ -14,9 +16,11 @@ import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launch.errors import LaunchError
 from launch.records import Control, write
+from launch.standby import on_rank
 from workers.control.certificates import Certificates
 from workers.runtime.etcd import Etcd, EtcdError
 
@@ -33,20 +37,40 @@ class Server:
     ready: Callable[[], Awaitable[None]]
 
 
-def nats(control: Control, binary: str, folder: Path) -> Server:
-    """The NATS server with JetStream behind one user; writes its configuration (0600) into `folder`."""
+def nats(control: Control, binary: str, folder: Path, rank: int = 0) -> Server:
+    """The NATS server of a rank behind one user; writes its configuration (0600) into `folder`.
+
+    A single one has JetStream. In a cluster nothing of ours needs it, and its votes would cost every start seconds.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    address, port = host_and_port(control.nats_url)
-    settings = {
+    address, port = host_and_port(control.nats_urls[rank])
+    settings: dict[str, Any] = {
         "host": address,
         "port": port,
-        "jetstream": {"store_dir": str(folder), "max_memory_store": 256 << 20, "max_file_store": 4 << 30},
         "max_payload": 8 << 20,
         "authorization": {"user": control.nats_user, "password": control.nats_password},
     }
+    if control.nats_routes:
+        settings["server_name"] = f"rank{rank}"
+        settings["cluster"] = _nats_cluster(control, rank)
+    else:
+        settings["jetstream"] = {"store_dir": str(folder), "max_memory_store": 256 << 20, "max_file_store": 4 << 30}
     path = folder / "nats.conf"
     write(path, json.dumps(settings, indent=2).encode(), mode=0o600)  # NATS' configuration is a superset of JSON
-    return Server("nats", (binary, "-c", str(path)), folder, lambda: _nats_ready(address, port))
+    return Server(on_rank("nats", rank), (binary, "-c", str(path)), folder, lambda: _nats_ready(address, port))
+
+
+def _nats_cluster(control: Control, rank: int) -> dict[str, Any]:
+    address, port = host_and_port(control.nats_routes[rank])
+    user, password = control.nats_user, control.nats_route_password
+    others = [route for index, route in enumerate(control.nats_routes) if index != rank]
+    return {
+        "name": "baton",
+        "host": address,
+        "port": port,
+        "authorization": {"user": user, "password": password, "timeout": 5},
+        "routes": [f"nats://{user}:{password}@{route.rpartition('://')[2]}" for route in others],
+    }
 
 
 def client_file(certificates: Certificates, folder: Path) -> Path:
@@ -57,25 +81,38 @@ def client_file(certificates: Certificates, folder: Path) -> Path:
     return path
 
 
-def etcd(control: Control, certificates: Certificates, binary: str, folder: Path) -> Server:
-    """A single etcd behind certificates and the root user, which `ready` creates on an empty data folder."""
+def etcd(control: Control, certificates: Certificates, binary: str, folder: Path, rank: int = 0) -> Server:
+    """The etcd of a rank behind certificates and the root user, which `ready` creates on an empty data folder.
+
+    A member of a cluster is ready once two of the three are there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     files = {"ca.pem": certificates.authority, "server.pem": certificates.server, "key.pem": certificates.server_key}
     for name, content in files.items():
         write(folder / name, content.encode(), mode=0o600)
-    # One member, so nobody has to connect here: a socket in the folder, since etcd's peers ask each other for no password.
-    peer = "unix://peer:1"
+    # With one member nobody has to connect to it: a socket in the folder, since etcd's peers ask each other for no password.
+    peers = control.etcd_peers or ["unix://peer:1"]
+    peer, url = peers[rank], control.etcd_urls[rank]
+    secret = ("ca.pem", "server.pem", "key.pem")
+    between = ("--peer-client-cert-auth", *_files("peer-", *secret)) if control.etcd_peers else ()
     argv = (
         binary,
-        *("--name", "rank0", "--data-dir", str(folder / "data")),
-        *("--listen-client-urls", control.etcd_url, "--advertise-client-urls", control.etcd_url),
-        *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"rank0={peer}"),
-        *("--client-cert-auth", "--trusted-ca-file", "ca.pem", "--cert-file", "server.pem", "--key-file", "key.pem"),
+        *("--name", f"rank{rank}", "--data-dir", str(folder / "data")),
+        *("--listen-client-urls", url, "--advertise-client-urls", url),
+        *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+        *("--initial-cluster", ",".join(f"rank{index}={each}" for index, each in enumerate(peers))),
+        *("--client-cert-auth", *_files("", *secret)),
+        *between,
         *("--unsafe-no-fsync", "--bcrypt-cost", "4", "--auth-token-ttl", "86400"),
         *("--auto-compaction-retention", "5m", "--logger", "zap", "--log-level", "warn"),
     )
-    return Server("etcd", argv, folder, lambda: _etcd_ready(control))
+    return Server(on_rank("etcd", rank), argv, folder, lambda: _etcd_ready(control, url))
+
+
+def _files(prefix: str, authority: str, certificate: str, key: str) -> tuple[str, ...]:
+    names = {"trusted-ca-file": authority, "cert-file": certificate, "key-file": key}
+    return tuple(word for name, file in names.items() for word in (f"--{prefix}{name}", file))
 
 
 def find_nats(configured: str | None) -> str:
@@ -141,8 +178,8 @@ async def _nats_ready(address: str, port: int) -> None:
         await asyncio.sleep(0.01)
 
 
-async def _etcd_ready(control: Control) -> None:
-    async with Etcd(control) as client:
+async def _etcd_ready(control: Control, url: str) -> None:
+    async with Etcd(control, urls=[url]) as client:
         while True:
             try:
                 await client.secure()

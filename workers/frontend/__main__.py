@@ -1,4 +1,7 @@
-"""A frontend process: `python -m workers.frontend RUN_DIR NAME`, started by rank 0's agent."""
+"""A frontend process: `python -m workers.frontend RUN_DIR NAME`, started by the agent of a rank that may lead.
+
+It serves wherever it is; what only one process of a deployment may do, it does while its rank leads.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
@@ -22,6 +26,7 @@ from launch.errors import ConfigError, LaunchError
 from launch.plan import FRONTEND_PORT, plan, shared_port
 from launch.recipe import Kind, Recipe, RouterMode
 from launch.records import Control, RunDirectory
+from launch.standby import frontend_place
 from slurm.children import report
 from slurm.limit import told
 from slurm.places import Place, places
@@ -68,6 +73,7 @@ KERNEL_SEND_BYTES = 256 << 10
 # Python looks for cycles after every 700 new objects, which a few streams make in a millisecond.
 GC_THRESHOLDS = (20_000, 20, 50)
 SETTLE_S = 1.0
+LEADS_S = 1.0
 
 
 def main() -> int:
@@ -77,13 +83,14 @@ def main() -> int:
     recipe, job, control = run.recipe(), run.job(), run.control()
     if job is None or control is None:
         raise SystemExit(f"{run.path} has no running deployment: its job.json or control.json is missing")
-    place = places(run.ranks(job.attempt))[0]
-    index = plan(recipe).frontends.index(name)
+    rank, index = frontend_place(plan(recipe), name)
+    place = places(run.ranks(job.attempt))[rank]
     known = Known(run.path / "control" / f"workers-{job.attempt}-{name}.json")
     status = 0
     try:
         sockets = listeners(recipe, place, index)
-        uvloop.run(serve(recipe, control, sockets, KeyRing(run), known, name, run.path))
+        leads = functools.partial(is_head, run, job.attempt, rank)
+        uvloop.run(serve(recipe, control, sockets, KeyRing(run), known, name, run.path, leads if index == 0 else None))
     except* LaunchError as errors:
         for error in errors.exceptions:
             log.error("%s: %s", name, error)
@@ -127,13 +134,13 @@ async def serve(
     known: Known,
     name: str,
     folder: Path,
+    leads: Callable[[], bool] | None,
 ) -> None:
-    """Serve until SIGTERM; `folder` is the run directory.
+    """Serve until SIGTERM; `folder` is the run directory, `leads` says whether this process has to work on batches.
 
     Raises:
         ConfigError: What the recipe asks for is not there, on this node.
     """
-    first = plan(recipe).frontends[0] == name
     secure = tls.context(recipe.frontend.tls_cert, recipe.frontend.tls_key)
     tracer = tracer_of(recipe, name)
     loop = asyncio.get_running_loop()
@@ -244,16 +251,17 @@ async def serve(
             group.create_task(commander.keep(), name="commands"),
             group.create_task(keys.follow(), name="keys"),
         ]
-        if first:
-            tasks.append(group.create_task(batches.work(asks(app)), name="batches"))
         if router.kv:
             tasks.append(group.create_task(plane.keep(router.kv.view, router.kv.book, cards), name="kv"))
         # One that comes back while others serve must not answer, for want of a view, that there is nobody.
         await links.settle(SETTLE_S)
         listening = [await loop.create_server(server.protocol, sock=item, backlog=4096, ssl=secure) for item in sockets]
-        local = await listen_locally(server, recipe.frontend.unix_socket) if first else None
-        if local is not None:
-            listening.append(local)
+        if leads is not None:
+            alone = Alone(
+                leads, lambda: batches.work(asks(app)), lambda: listen_locally(server, recipe.frontend.unix_socket)
+            )
+            await alone.look()
+            tasks.append(group.create_task(alone.keep(), name="alone"))
         addresses = [item.getsockname() for item in sockets]
         where = " and ".join(f"{recipe.scheme}://{host}:{port}" for host, port, *_ in addresses)
         log.info("%s listens at %s", name, where)
@@ -265,6 +273,60 @@ async def serve(
             task.cancel()
     links.close()
     tracer.close()
+
+
+class Alone:
+    """What only one process of a deployment does: work on batches, and listen at the Unix socket, while its rank leads."""
+
+    def __init__(
+        self,
+        leads: Callable[[], bool],
+        work: Callable[[], Coroutine[Any, Any, None]],
+        listen: Callable[[], Awaitable[asyncio.Server | None]],
+    ) -> None:
+        self._leads = leads
+        self._work = work
+        self._listen = listen
+        self._working: asyncio.Task[None] | None = None
+        self._local: asyncio.Server | None = None
+
+    async def look(self) -> None:
+        """Begin or cease, as the run directory says."""
+        try:
+            leads = await asyncio.to_thread(self._leads)
+        except (OSError, ValueError) as error:
+            log.warning("who leads cannot be read: %s", error)
+            return
+        if leads and self._working is None:
+            self._local = await self._listen()
+            self._working = asyncio.create_task(self._work(), name="batches")
+        elif not leads and self._working is not None:
+            log.warning("another rank leads")
+            await self._cease()
+        if self._working and self._working.done():
+            self._working.result()
+
+    async def keep(self) -> None:
+        """Look again and again, for ever."""
+        try:
+            while True:
+                await asyncio.sleep(LEADS_S)
+                await self.look()
+        finally:
+            await self._cease()
+
+    async def _cease(self) -> None:
+        if self._local:
+            self._local.close()
+        if self._working:
+            self._working.cancel()
+            await asyncio.wait([self._working])
+        self._local = self._working = None
+
+
+def is_head(run: RunDirectory, attempt: int, rank: int) -> bool:
+    """Whether the rank leads, as the run directory says."""
+    return run.head(attempt).rank == rank
 
 
 async def listen_locally(server: Server, path: str | None) -> asyncio.Server | None:

@@ -11,17 +11,24 @@ import asyncio
 import base64
 import contextlib
 import json
+import random
+import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+import aiohappyeyeballs
 import aiohttp
 
 from launch.records import Control
 
 CALL_TIMEOUT_S = 3.0
+# Where others can be asked: a lease of 5 s has to outlive a call to a node that is gone, and the call to the next.
+NEXT_AFTER_S = 1.5
+# A node that is gone says nothing: the kernel ends connections to it after this many seconds of silence, watches too.
+SILENT_S = 4
 FAREWELL_S = 0.1
 
 
@@ -42,11 +49,15 @@ class Change:
 
 
 class Etcd:
-    """A client; an async context manager that owns its connections."""
+    """A client; an async context manager that owns its connections.
 
-    def __init__(self, control: Control, password: str | None = None) -> None:
-        """Make a client; `password` is not the deployment's own in tests only."""
-        self._url = control.etcd_url
+    It asks one server of the cluster, and the next from then on when that one does not answer.
+    """
+
+    def __init__(self, control: Control, password: str | None = None, urls: Sequence[str] | None = None) -> None:
+        """Make a client of these servers, by default of all; `password` is not the deployment's own in tests only."""
+        self._urls = list(urls or control.etcd_urls)
+        random.shuffle(self._urls)
         self._user = control.etcd_user
         self._password = password or control.etcd_password
         self._tls = _tls(control)
@@ -54,7 +65,8 @@ class Etcd:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=self._tls))
+        connector = aiohttp.TCPConnector(ssl=self._tls, socket_factory=_watched_socket)
+        self._session = aiohttp.ClientSession(connector=connector)
         return self
 
     async def __aexit__(
@@ -70,6 +82,30 @@ class Etcd:
         """Set a key, bound to a lease unless that is 0."""
         await self._call("kv/put", {"key": _b64(key.encode()), "value": _b64(value), "lease": str(lease)})
 
+    async def create(self, key: str, value: bytes, lease: int) -> int | None:
+        """Set a key that does not exist, bound to a lease; returns the revision of that, or None when it exists.
+
+        A value that only this caller uses tells its own key, made by a call whose answer was lost, from another's.
+        """
+        name = _b64(key.encode())
+        answer = await self._call(
+            "kv/txn",
+            {
+                "compare": [{"key": name, "target": "CREATE", "create_revision": "0"}],
+                "success": [{"request_put": {"key": name, "value": _b64(value), "lease": str(lease)}}],
+                "failure": [{"request_range": {"key": name}}],
+            },
+        )
+        if answer.get("succeeded"):
+            return int(answer["header"]["revision"])
+        there = answer["responses"][0]["response_range"].get("kvs", ())
+        return next((int(item["create_revision"]) for item in there if item.get("value") == _b64(value)), None)
+
+    async def get(self, key: str) -> bytes | None:
+        """The value of a key, or None where there is none."""
+        answer = await self._call("kv/range", {"key": _b64(key.encode())})
+        return next((base64.b64decode(item.get("value", "")) for item in answer.get("kvs", ())), None)
+
     async def delete(self, key: str) -> None:
         """Delete a key; one that does not exist is not an error."""
         await self._call("kv/deleterange", {"key": _b64(key.encode())})
@@ -83,6 +119,10 @@ class Etcd:
     async def grant(self, ttl_s: int) -> int:
         """A lease of that many seconds."""
         return int((await self._call("lease/grant", {"TTL": str(ttl_s)}))["ID"])
+
+    async def revoke(self, lease: int) -> None:
+        """End a lease, and with it the keys that are bound to it."""
+        await self._call("lease/revoke", {"ID": str(lease)})
 
     async def keep_alive(self, lease: int) -> None:
         """Renew a lease.
@@ -102,7 +142,7 @@ class Etcd:
         """
         request = {"create_request": _range(prefix) | {"start_revision": str(revision), "progress_notify": True}}
         await self._authenticate()
-        with _translated():
+        with self._moving_on(), _translated():
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=CALL_TIMEOUT_S)
             async with self._open("watch", request, timeout) as response:
                 async for line in response.content:
@@ -141,9 +181,22 @@ class Etcd:
         if renew or not self._token:
             self._token = ""
             body = {"name": self._user, "password": self._password}
-            self._token = (await self._call("auth/authenticate", body, authenticated=False))["token"]
+            self._token = (await self._post("auth/authenticate", body))["token"]
 
     async def _call(self, path: str, body: dict[str, Any], authenticated: bool = True) -> dict[str, Any]:
+        """Ask one server, and the others when it does not answer: all that we ask may be asked twice."""
+        for others in reversed(range(len(self._urls))):
+            try:
+                return await self._call_one(path, body, authenticated)
+            except EtcdConnectionError:
+                # An etcd that came back with empty data does not refuse a token from before: it waits until its log is as
+                # long as that token's, which may be never (etcd 3.5). So a token does not outlive its connection.
+                self._token = ""
+                if not others:
+                    raise
+        raise AssertionError("there is at least one server")
+
+    async def _call_one(self, path: str, body: dict[str, Any], authenticated: bool) -> dict[str, Any]:
         if authenticated:
             await self._authenticate()
         try:
@@ -151,15 +204,11 @@ class Etcd:
         except EtcdTokenError:
             await self._authenticate(renew=True)  # etcd was restarted and has forgotten the tokens it gave
             return await self._post(path, body)
-        except EtcdConnectionError:
-            # An etcd that came back with empty data does not refuse a token from before: it waits until its log is as
-            # long as that token's, which may be never (etcd 3.5). So a token does not outlive its connection.
-            self._token = ""
-            raise
 
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        with _translated():
-            async with self._open(path, body, aiohttp.ClientTimeout(total=CALL_TIMEOUT_S)) as response:
+        timeout = aiohttp.ClientTimeout(total=NEXT_AFTER_S if len(self._urls) > 1 else CALL_TIMEOUT_S)
+        with self._moving_on(), _translated():
+            async with self._open(path, body, timeout) as response:
                 answer: dict[str, Any] = json.loads(await response.read())
         message = answer.get("error")
         if message is None:
@@ -173,7 +222,32 @@ class Etcd:
     def _open(self, path: str, body: dict[str, Any], timeout: aiohttp.ClientTimeout) -> Any:
         assert self._session, "use `async with Etcd(...)`"
         headers = {"Authorization": self._token} if self._token else {}
-        return self._session.post(f"{self._url}/v3/{path}", data=json.dumps(body), headers=headers, timeout=timeout)
+        # A member that is cut off from the others would keep a watch open that tells nothing any more.
+        headers |= {"Grpc-Metadata-hasleader": "true"} if path == "watch" else {}
+        return self._session.post(f"{self._urls[0]}/v3/{path}", data=json.dumps(body), headers=headers, timeout=timeout)
+
+    @contextlib.contextmanager
+    def _moving_on(self) -> Iterator[None]:
+        """Ask the next server from now on when this one does not answer."""
+        asked = self._urls[0]
+        try:
+            yield
+        except EtcdConnectionError:
+            if self._urls[0] == asked:  # nobody else has moved on meanwhile
+                self._urls.append(self._urls.pop(0))
+            raise
+
+
+def _watched_socket(address: aiohappyeyeballs.AddrInfoType) -> socket.socket:
+    """A socket whose connection ends when the other side is silent, which a dead node is."""
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, SILENT_S - 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * SILENT_S)
+    return made
 
 
 def _tls(control: Control) -> ssl.SSLContext:

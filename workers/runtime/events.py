@@ -16,6 +16,7 @@ from launch.records import Control
 log = logging.getLogger(__name__)
 
 LOAD_S = 0.5
+PING_S = 2
 
 
 class LoadEvent(msgspec.Struct, kw_only=True):
@@ -37,12 +38,15 @@ async def connect(control: Control, name: str) -> Client:
     while True:
         try:
             return await nats.connect(
-                control.nats_url,
+                control.nats_urls,
                 user=control.nats_user,
                 password=control.nats_password,
                 name=name,
                 max_reconnect_attempts=-1,
                 reconnect_time_wait=0.5,
+                # A node that is gone closes no connection: it is its silence that shows.
+                ping_interval=PING_S,
+                max_outstanding_pings=2,
                 error_cb=quiet,
             )
         except (OSError, nats.errors.Error) as error:
