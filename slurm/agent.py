@@ -33,6 +33,7 @@ from slurm.batch import notice_s
 from slurm.examination import Examination
 from slurm.overseer import Overseer
 from slurm.places import Place
+from slurm.succession import Succession
 from slurm.supervise import Command, Supervised
 from slurm.together import Together
 from workers.control import servers
@@ -208,6 +209,9 @@ class Agent:
                         async with self._control_plane(group), overseer.published() as endpoint:
                             self._ends_at = endpoint.expires_at
                             background.append(group.create_task(overseer.watch(), name="overseer"))
+                            began = time.time() - (time.monotonic() - self._started)
+                            succession = Succession(self._run, self._recipe, self._job, self._stop, began)
+                            background.append(group.create_task(succession.keep(), name="succession"))
                             await self._members(group)
                     else:
                         background.append(group.create_task(self._watch_rank0(), name="rank0"))
