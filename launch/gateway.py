@@ -30,7 +30,6 @@ from yarl import URL
 from launch.errors import LaunchError
 from launch.records import CHAIN_FILE, STOPPING, Endpoint, Phase, RunDirectory, find
 from launch.trust import trusting
-from workers.runtime.logs import set_up_logging
 
 log = logging.getLogger(__name__)
 
@@ -280,7 +279,8 @@ def main() -> int:
     parser.add_argument("--wait", type=float, default=30.0, help="seconds that a request may wait while nothing serves")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where the run directories are")
     arguments = parser.parse_args()
-    set_up_logging("gateway")
+    # Standard output has the address alone, for scripts.
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s gateway: %(message)s")
     runs_dir = arguments.runs_dir.absolute()
     try:
         secure = trusting(find(runs_dir, arguments.name).recipe().frontend.tls_cert)

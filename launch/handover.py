@@ -122,9 +122,7 @@ def alive(chain: Chain) -> list[tuple[RunDirectory, str]]:
     found = []
     for number in chain.numbers():
         run = chain.link(number)
-        job = run.job()
-        life = run.life(job.attempt) if job else None
-        if life and life.ended_at and all(record.ended for record in run.ranks(job.attempt if job else 0).values()):
+        if watch.is_over(run):
             continue
         where = watch.where_alive(run)
         if where:

@@ -106,6 +106,15 @@ def where_alive(run: RunDirectory) -> str | None:
     return f"on this machine, process {alive[0]}" if alive else None
 
 
+def is_over(run: RunDirectory) -> bool:
+    """Whether the latest attempt has said itself that it ended, so that nobody else need be asked."""
+    job = run.job()
+    if job is None:
+        return True
+    life, ranks = run.life(job.attempt), run.ranks(job.attempt)
+    return bool(life and life.ended_at and all(record.ended for record in ranks.values()))
+
+
 def recently_heard(ranks: dict[int, RankRecord]) -> bool:
     """Whether any rank wrote its record within the last seconds, by its own clock."""
     return any(time.time() - record.heartbeat < SILENT_AFTER_S for record in ranks.values())
