@@ -293,6 +293,9 @@ class ClusterConf:
     """How compute nodes reach the internet: none, proxy, nat, open, unknown."""
     home_quota_gb: int | None = None
     """Size of HOME."""
+    login_host: str | None = None
+    """The host that launch.connect tunnels through from outside (perlmutter.nersc.gov), also user@host; jump hosts before it are
+    separated by commas."""
     flavour: str = "slurm"
     """slurm, or psslurm (JSC), whose tasks are not started by slurmd."""
 
@@ -356,6 +359,16 @@ class PreflightConf:
 
 
 @dataclass
+class HandoverConf:
+    grace_s: float = 30.0
+    """Seconds for which a link of a chain still admits requests after the next one serves, until all clients have followed."""
+    margin_s: float = 60.0
+    """Seconds that the next link is ready before it has to be."""
+    queue_s: float | None = None
+    """Seconds that the next link's job is expected to wait for nodes; null takes what the last one waited."""
+
+
+@dataclass
 class Config:
     name: str = MISSING
     """Name of the deployment; its files are in <runs_dir>/<name>."""
@@ -370,6 +383,10 @@ class Config:
     slurm: SlurmConf = field(default_factory=SlurmConf)
     environment: EnvironmentConf = field(default_factory=EnvironmentConf)
     preflight: PreflightConf = field(default_factory=PreflightConf)
+    handover: HandoverConf = field(default_factory=HandoverConf)
+    chain: Any = None
+    """Serve past the time limit, as a row of jobs that take over from each other: how many (3), or until when
+    ("until:2026-12-01T08:00"); null is one job."""
     launcher: str | None = None
     """slurm, allocation (inside salloc), local or debug; null takes the cluster's."""
     wait: Any = "stopped"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import socket
 import sys
 import threading
 import time
@@ -15,18 +14,18 @@ import msgspec
 import submitit
 from rich.console import Console
 
-from launch import watch
+from launch import chains, watch
 from launch.compose import Launch, choices, read
 from launch.dry_run import describe
-from launch.errors import ConfigError, DeploymentError, LaunchError, NameTakenError
-from launch.plan import Plan, plan
+from launch.errors import ConfigError, DeploymentError, LaunchError
+from launch.plan import plan
 from launch.progress import Display, endpoint_text
 from launch.recipe import Backend, Executor, Launcher, Wait
-from launch.records import Job, Phase, RunDirectory
+from launch.records import Phase, RunDirectory
 from launch.standby import control_ranks
+from launch.submission import submit
 from launch.watch import View
 from slurm import executors, hosts, preflight
-from slurm.batch import Submission, submitted_words
 from slurm.executors import Submitted
 from workers.engine.connectors import kv_transfer_config, require_packages
 from workers.engine.ray_cluster import require_ray
@@ -40,7 +39,10 @@ keys       any of conf/schema.py: roles.decode.replicas=2, engine.args.max_model
 wait       wait=true stays until the end (Ctrl-C stops the deployment), wait=ready until it serves, wait=false not at all
 dry run    dry_run=true prints the plan, the batch script and every command, and touches nothing
 
-then       python -m launch.status NAME, launch.logs NAME [member], launch.stop NAME
+chain      chain=3 or "chain=until:2026-12-01T08:00" serves past the time limit, as jobs that take over from each other
+
+then       python -m launch.status NAME, launch.logs NAME [member or role], launch.stop NAME, launch.list, launch.history NAME,
+           launch.connect NAME, launch.gateway NAME
 """
 QUEUE_POLL_S = 5.0
 STOP_WAIT_S = 60.0
@@ -70,17 +72,20 @@ def launch(asked: Launch, console: Console) -> None:
     control_ranks(asked.recipe, where, asked.launcher)  # refuses a standby that there are no ranks for
     run = RunDirectory(asked.runs_dir / asked.recipe.name)
     if asked.dry_run:
-        print(describe(asked, where, run.path))
+        print(describe(asked, where, chains.path_of_first(asked, run)))
         return
     executors.check(asked.launcher, asked.recipe, where, len(hosts.devices_here()))
     _check_packages(asked)
     _check_model(asked)
-    alive = watch.where_alive(run)
-    if alive:
-        raise NameTakenError(run.name, alive)
+    chains.refuse_taken(run)
     interrupted = threading.Event()
+    if asked.chain is not None:
+        with _on_interrupt(interrupted):
+            chains.serve(asked, asked.chain, run, console, interrupted, attend)
+        return
+    chains.forget(run)
     with _on_interrupt(interrupted):
-        job = submit(asked, where, run)
+        job = submit(asked.launcher, asked.recipe, where, run, asked.overrides)
         console.print(f"{run.name} submitted: {asked.launcher}, job {job.job_id}, logs in {run.path}/logs/latest")
         if asked.launcher is Launcher.DEBUG:
             _run_here(job, run, console, interrupted)
@@ -92,26 +97,15 @@ def launch(asked: Launch, console: Console) -> None:
                     _print_verdict(run)
 
 
-def submit(asked: Launch, where: Plan, run: RunDirectory) -> Submitted:
-    """Write the run directory and submit; the job's number goes into `job.json`."""
-    attempt = run.next_attempt()
-    try:
-        run.prepare(asked.recipe, where, attempt)
-    except FileExistsError:
-        raise NameTakenError(run.name, "it was launched at this very moment") from None
-    record = Job(launcher=asked.launcher, attempt=attempt, id="", host=socket.gethostname(), submitted_at=time.time())
-    run.put_job(record)
-    words = submitted_words(asked.overrides)
-    job = executors.submit(
-        asked.launcher, asked.recipe, where, Submission(run_dir=run.path, attempt=attempt, overrides=words)
-    )
-    record.id = str(job.job_id)
-    run.put_job(record)
-    return job
-
-
-def attend(asked: Launch, run: RunDirectory, job: Submitted, console: Console, interrupted: threading.Event) -> None:
-    """Show progress until the deployment is ready, and then, unless only that was waited for, until it ends.
+def attend(
+    asked: Launch,
+    run: RunDirectory,
+    job: Submitted,
+    console: Console,
+    interrupted: threading.Event,
+    until_ready: bool = False,
+) -> None:
+    """Show progress until the deployment is ready, and then, unless only that is waited for, until it ends.
 
     Raises:
         DeploymentError: It failed, or ended by itself.
@@ -126,10 +120,12 @@ def attend(asked: Launch, run: RunDirectory, job: Submitted, console: Console, i
                 console.print(endpoint_text(view.endpoint), highlight=False, markup=False)
                 for line in watch.node_notes(run, view):
                     console.print(line, highlight=False, markup=False)
-                if asked.wait is Wait.READY:
+                if until_ready or asked.wait is Wait.READY:
                     return
                 console.print("Ctrl-C stops the deployment", highlight=False)
             if interrupted.is_set():
+                if until_ready:
+                    return
                 break
             if view.ended and watch.where_alive(run) is None:
                 return

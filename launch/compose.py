@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import conf
 from conf import schema
+from launch.chain import Length, parsed
 from launch.errors import ConfigError, closest
 from launch.recipe import (
     Backend,
@@ -31,6 +32,7 @@ from launch.recipe import (
     Fabric,
     Failover,
     Frontend,
+    Handover,
     Kind,
     Launcher,
     Level,
@@ -69,6 +71,7 @@ class Launch:
     dry_run: bool
     runs_dir: Path
     overrides: tuple[str, ...]
+    chain: Length | None = None
 
 
 def read(overrides: Sequence[str]) -> Launch:
@@ -159,6 +162,7 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
                 ignore=tuple(written.preflight.ignore),
             )
         ),
+        handover=Handover(**_fields(written.handover)),
     )
     check_engines(recipe, read_shape(path))
     return Launch(
@@ -168,6 +172,7 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
         dry_run=written.dry_run,
         runs_dir=Path(written.runs_dir).expanduser().absolute(),
         overrides=overrides,
+        chain=parsed(written.chain),
     )
 
 

@@ -1,8 +1,9 @@
-"""`python -m launch.logs NAME [member] [-f]`: the logs of a deployment's latest attempt."""
+"""`python -m launch.logs NAME [member or role] [-f]`: the logs of a deployment's latest attempt."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ def main() -> int:
     """Print the logs; 0, or 1 when there is no such deployment or member."""
     parser = argparse.ArgumentParser(prog="python -m launch.logs", description="The logs of a deployment.")
     parser.add_argument("name")
-    parser.add_argument("member", nargs="?", help="a member, nats, etcd, or a rank's agent (rank-0); default all")
+    parser.add_argument("member", nargs="?", help="a member, a role (decode), nats, etcd, or a rank's agent (rank-0)")
     parser.add_argument("-f", "--follow", action="store_true", help="go on until the deployment ends")
     parser.add_argument("-n", "--lines", type=int, default=50, help="lines of each log to begin with")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where the run directories are")
@@ -39,10 +40,10 @@ def main() -> int:
 
 
 def choose(run: RunDirectory, member: str | None) -> dict[str, Path]:
-    """Log files by name; agents are called rank-<i>.
+    """Log files by name; agents are called rank-<i>, and what is before the number stands for all of them.
 
     Raises:
-        NotFoundError: There is no log of that name.
+        NotFoundError: There is no log of that name or role.
     """
     folder = run.path / "logs" / "latest"
     files = {path.stem: path for path in sorted(folder.glob("*.log"))}
@@ -50,9 +51,12 @@ def choose(run: RunDirectory, member: str | None) -> dict[str, Path]:
         files[f"rank-{path.name.split('_')[-2]}"] = path
     if member is None:
         return files
-    if member not in files:
+    if member in files:
+        return {member: files[member]}
+    of_role = {name: path for name, path in files.items() if re.fullmatch(rf"{re.escape(member)}-\d+(\.\d+)?", name)}
+    if not of_role:
         raise NotFoundError(member, str(folder), files)
-    return {member: files[member]}
+    return of_role
 
 
 def follow(run: RunDirectory, files: Sequence[Path]) -> None:

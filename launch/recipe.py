@@ -413,6 +413,7 @@ class Cluster:
     internet: str = "unknown"
     home_quota_gb: int | None = None
     flavour: str = "slurm"
+    login_host: str | None = None
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.nixl_backends if name not in NIXL_BACKENDS]
@@ -508,6 +509,22 @@ class Preflight:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Handover:
+    """How a link of a chain takes over from the one before it; a `queue_s` of None is what the last one waited."""
+
+    grace_s: float = 30.0
+    margin_s: float = 60.0
+    queue_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.grace_s, self.margin_s, self.queue_s or 0) < 0:
+            raise ConfigError(
+                "handover.grace_s, handover.margin_s and handover.queue_s are at least 0, "
+                f"got {self.grace_s}, {self.margin_s} and {self.queue_s}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """A deployment as decided by its user: everything that the plan, the job and the members are computed from."""
 
@@ -523,6 +540,7 @@ class Recipe:
     security: Security = Security()
     environment: Environment = Environment()
     preflight: Preflight = Preflight()
+    handover: Handover = Handover()
 
     def __post_init__(self) -> None:
         kinds = {role.kind for role in self.roles}

@@ -1,7 +1,7 @@
 """The run directory: what a deployment leaves on the shared file system for its ranks, its users and their tools.
 
     plan.yaml, recipe.yaml      what was decided; recipe.yaml (0600) is what the ranks read
-    job.json                    how it was submitted: launcher, id, attempt
+    job.json                    how it was submitted: launcher, id, attempt; a copy stays in logs/attempt_<n>/
     control.json      (0600)    where NATS and etcd are, and every secret of the deployment
     head.json                   the rank that leads, once it is not rank 0
     control/                    their configuration and data; client.pem is what etcd knows us by; what frontends knew last
@@ -11,10 +11,11 @@
     keys.json         (0600)    hashes of further keys (`launch.keys`)
     ranks/<i>.json              what rank i last said of itself and its members
     stop                        somebody asked for the end
+    moved.json                  where requests go from now on, while this deployment drains
     batch_<job>.log             what the batch script said
     preflight/<i>.json          what rank i found on its node before its engines started
     preflight.json              all of them, once all have reported
-    logs/attempt_<n>/           logs; `logs/latest` points to the newest
+    logs/attempt_<n>/           logs, and life.json: when it started, was ready and ended; `logs/latest` points to the newest
     metrics/targets.json        Prometheus file_sd
 
 Files are written aside and renamed, so a reader sees the old or the new one. Network file systems answer ESTALE when a
@@ -45,6 +46,11 @@ T = TypeVar("T")
 SILENT_AFTER_S = 15.0
 # What deployments and keys may be called: it becomes a file's name.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+# What a chain has in its folder and a single deployment has not; its links are deployments below `LINKS` (launch.chain).
+CHAIN_FILE = "chain.json"
+LINKS = "links"
+# How the reason begins with which a deployment that ends refuses requests: somebody else may answer them.
+STOPPING = "the deployment is stopping"
 
 
 class State(StrEnum):
@@ -71,13 +77,30 @@ class Phase(StrEnum):
 
 
 class Job(msgspec.Struct, kw_only=True):
-    """How a deployment was submitted; `id` is empty between the decision and the answer of the submission."""
+    """How a deployment was submitted; `id` is empty between the decision and the answer of the submission.
+
+    `begin_at` is the moment before which its job was asked not to start, in seconds since the epoch.
+    """
 
     launcher: Launcher
     attempt: int
     id: str
     host: str
     submitted_at: float
+    nodes: int = 0
+    begin_at: float | None = None
+
+
+class Life(msgspec.Struct, kw_only=True):
+    """What became of an attempt, as its own ranks saw it; times are seconds since the epoch, `how` is for people.
+
+    Without `ended_at` it still runs, or nobody was left to write.
+    """
+
+    started_at: float
+    ready_at: float | None = None
+    ended_at: float | None = None
+    how: str = ""
 
 
 class MemberRecord(msgspec.Struct, kw_only=True):
@@ -186,6 +209,12 @@ class Endpoint(msgspec.Struct, kw_only=True):
     lost: list[int] = []
 
 
+class ChainEndpoint(Endpoint, kw_only=True):
+    """The endpoint of a chain: that of the link that serves."""
+
+    link: int
+
+
 class RunDirectory:
     """One deployment's folder. Makes paths and reads and writes records; holds no state of its own."""
 
@@ -194,23 +223,24 @@ class RunDirectory:
 
     @property
     def name(self) -> str:
-        """Name of the deployment."""
-        return self.path.name
+        """Name of the deployment: its folder below that of all runs, which for a link of a chain is NAME/links/<n>."""
+        parent = self.path.parent
+        return f"{parent.parent.name}/{LINKS}/{self.path.name}" if parent.name == LINKS else self.path.name
 
     @property
     def api_key_file(self) -> Path:
         """The key that clients send."""
-        return self.path / "api_key"
+        return _shared(self.path / "api_key")
 
     @property
     def admin_key_file(self) -> Path:
         """The key of operations on workers."""
-        return self.path / "admin_key"
+        return _shared(self.path / "admin_key")
 
     @property
     def keys_file(self) -> Path:
         """Hashes of further keys; there is none until the first is given out."""
-        return self.path / "keys.json"
+        return _shared(self.path / "keys.json")
 
     @property
     def stop_file(self) -> Path:
@@ -230,10 +260,13 @@ class RunDirectory:
         """Log of one member, or of a server of the control plane."""
         return self.logs(attempt) / f"{member}.log"
 
+    def attempts(self) -> list[int]:
+        """Numbers of all attempts that ever began here, in order."""
+        return sorted(int(path.name.removeprefix("attempt_")) for path in (self.path / "logs").glob("attempt_*"))
+
     def next_attempt(self) -> int:
         """Number of the attempt after all that ever began here."""
-        begun = (int(path.name.removeprefix("attempt_")) for path in (self.path / "logs").glob("attempt_*"))
-        return max(begun, default=0) + 1
+        return max(self.attempts(), default=0) + 1
 
     def prepare(self, recipe: Recipe, plan: Plan, attempt: int) -> None:
         """Make the folder ready for an attempt: write what was decided, remove what the last attempt said.
@@ -245,7 +278,8 @@ class RunDirectory:
         self.logs(attempt).mkdir(parents=True)
         (self.path / "ranks").mkdir(exist_ok=True)
         self.targets_file.parent.mkdir(exist_ok=True)
-        records = [self.path / name for name in ("control.json", "endpoint.json", "head.json", "preflight.json")]
+        names = ("control.json", "endpoint.json", "head.json", "preflight.json", "moved.json")
+        records = [self.path / name for name in names]
         for stale in (self.stop_file, *records, *self._rank_files(), *(self.path / "preflight").glob("*.json")):
             stale.unlink(missing_ok=True)
         # The recipe may hold tokens in the engines' environment.
@@ -292,6 +326,11 @@ class RunDirectory:
         """The endpoint of the running attempt, once the head has published it."""
         return self._read("endpoint.json", Endpoint)
 
+    def link(self) -> int | None:
+        """The link that serves, where this is the folder of a chain and one does."""
+        endpoint = self._read("endpoint.json", ChainEndpoint)
+        return endpoint.link if endpoint else None
+
     def rank(self, attempt: int, rank: int) -> RankRecord | None:
         """The last word of one rank of an attempt."""
         record = self._read(f"ranks/{rank}.json", RankRecord)
@@ -302,9 +341,31 @@ class RunDirectory:
         records = (self._read(f"ranks/{path.name}", RankRecord) for path in self._rank_files())
         return {record.rank: record for record in records if record and record.attempt == attempt}
 
+    def job_of(self, attempt: int) -> Job | None:
+        """How an attempt was submitted, also one that is over."""
+        return self._read(f"logs/attempt_{attempt}/job.json", Job)
+
+    def life(self, attempt: int) -> Life | None:
+        """What became of an attempt, once it has begun."""
+        return self._read(f"logs/attempt_{attempt}/life.json", Life)
+
+    def moved(self) -> str | None:
+        """The URL that serves instead of this deployment, where one does."""
+        return self._read("moved.json", str)
+
     def put_job(self, job: Job) -> None:
-        """Publish how the deployment was submitted."""
+        """Publish how the deployment was submitted, and keep it with the attempt."""
         write(self.path / "job.json", _json(job))
+        if self.logs(job.attempt).is_dir():
+            write(self.logs(job.attempt) / "job.json", _json(job))
+
+    def put_life(self, attempt: int, life: Life) -> None:
+        """Keep what became of an attempt."""
+        write(self.logs(attempt) / "life.json", _json(life))
+
+    def put_moved(self, url: str) -> None:
+        """Say where requests go from now on."""
+        write(self.path / "moved.json", msgspec.json.encode(url), mode=0o600)
 
     def put_control(self, control: Control) -> None:
         """Publish the control plane, secrets included."""
@@ -355,20 +416,30 @@ class RunDirectory:
 
 
 def find(runs_dir: Path, name: str) -> RunDirectory:
-    """The run directory of a deployment that was launched from here.
+    """The run directory of a deployment that was launched from here; of a chain that of the link that serves, or will.
 
     Raises:
         NotFoundError: There is none of that name.
     """
     run = RunDirectory(runs_dir / name)
+    if (run.path / CHAIN_FILE).exists():
+        serving = run.link()
+        run = RunDirectory(run.path / LINKS / str(serving or max(link_numbers(run.path), default=0)))
     if run.job() is None:
         raise NotFoundError(name, str(runs_dir), (path.name for path in every(runs_dir)))
     return run
 
 
 def every(runs_dir: Path) -> Iterator[Path]:
-    """The folders of all deployments that were launched from here."""
-    return (path.parent for path in runs_dir.glob("*/job.json"))
+    """The folders of all deployments and chains that were launched from here."""
+    found = {path.parent for name in ("job.json", CHAIN_FILE) for path in runs_dir.glob(f"*/{name}")}
+    return iter(sorted(found))
+
+
+def link_numbers(chain: Path) -> list[int]:
+    """The links of a chain that were submitted, in order."""
+    folders = (path.parent for path in (chain / LINKS).glob("*/job.json"))
+    return sorted(int(folder.name) for folder in folders if folder.name.isdigit())
 
 
 def write(path: Path, content: bytes, mode: int = 0o644) -> None:
@@ -396,6 +467,11 @@ def read_bytes(path: Path, tries: int = 5) -> bytes | None:
                 raise
             time.sleep(0.05)
     return None
+
+
+def _shared(path: Path) -> Path:
+    """Where a file really is: links of a chain have their keys in common, as links to the chain's."""
+    return path.resolve() if path.is_symlink() else path
 
 
 def _json(record: msgspec.Struct) -> bytes:

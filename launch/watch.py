@@ -120,6 +120,15 @@ def node_notes(run: RunDirectory, view: View) -> list[str]:
     return notes + ([UNCOVERED] if len(leading) == 1 and on_nodes else [])
 
 
+def is_over(run: RunDirectory) -> bool:
+    """Whether the latest attempt has said itself that it ended, so that nobody else need be asked."""
+    job = run.job()
+    if job is None:
+        return True
+    life, ranks = run.life(job.attempt), run.ranks(job.attempt)
+    return bool(life and life.ended_at and all(record.ended for record in ranks.values()))
+
+
 def recently_heard(ranks: dict[int, RankRecord]) -> bool:
     """Whether any rank wrote its record within the last seconds, by its own clock."""
     return any(time.time() - record.heartbeat < SILENT_AFTER_S for record in ranks.values())

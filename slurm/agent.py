@@ -34,6 +34,7 @@ from slurm.head import Headship
 from slurm.heard import Heard
 from slurm.overseer import Overseer
 from slurm.places import Place
+from slurm.succession import Succession
 from slurm.supervise import Command, Supervised
 from slurm.together import Together
 from workers.control import servers
@@ -370,8 +371,14 @@ class Agent:
             async with overseer.published() as endpoint:
                 log.info("rank %d leads (term %d): %s", self._rank, headship.term, endpoint.url)
                 self._published.set()
-                await _first(overseer.watch(), headship.deposed.wait())
+                await _first(overseer.watch(), headship.deposed.wait(), self._succession().keep())
             log.warning("rank %d no longer leads", self._rank)
+
+    def _succession(self) -> Succession:
+        """The life of the attempt, and its place in a chain; it goes on from what an earlier head has said of it."""
+        life = self._run.life(self._job.attempt)
+        began = life.started_at if life else time.time() - (time.monotonic() - self._started)
+        return Succession(self._run, self._recipe, self._job, self._stop, began)
 
     async def _keep_frontend(self, name: str) -> None:
         """A frontend, from the start where this rank leads, and once the deployment is ready where it may come to.
@@ -653,7 +660,7 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
 
 
 async def _first(*waits: Coroutine[Any, Any, object]) -> None:
-    """Return when the first of them ends, the others cancelled; raises what it raised."""
+    """Return when the first of them ends, the others cancelled and at their end; raises what it raised."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -662,6 +669,7 @@ async def _first(*waits: Coroutine[Any, Any, object]) -> None:
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.wait(tasks)  # one may have last words
 
 
 def _innermost(error: BaseException) -> BaseException:

@@ -64,6 +64,8 @@ class Submission:
     run_dir: Path
     attempt: int
     overrides: tuple[str, ...]
+    begin_in_s: int = 0
+    """Seconds before which the job is not to begin; the script does not say so, the call of sbatch does."""
 
     @property
     def folder(self) -> Path:
@@ -179,6 +181,11 @@ def notice_s(recipe: Recipe) -> int:
     return math.ceil(recipe.engine.drain_s) + LEAVE_S
 
 
+def shortest_min(recipe: Recipe) -> int:
+    """The least time limit that leaves time to serve."""
+    return (notice_s(recipe) + EARLY_S) // 60 + 1
+
+
 def refuse(recipe: Recipe, plan: Plan, environ: Mapping[str, str]) -> None:
     """Refuse a job that this cluster would refuse, or that would not do what was meant, before it is queued.
 
@@ -202,7 +209,7 @@ def refuse(recipe: Recipe, plan: Plan, environ: Mapping[str, str]) -> None:
     if cluster.account_required and batch.account is None and not environ.get("SBATCH_ACCOUNT"):
         form = f" (it looks like {cluster.account_form.format(account='NAME')})" if cluster.account_form else ""
         raise SubmitError(f"{cluster.name} bills every job to an account: add slurm.account=<yours>{form}")
-    shortest = (notice_s(recipe) + EARLY_S) // 60 + 1
+    shortest = shortest_min(recipe)
     if batch.time_min < shortest:
         raise SubmitError(
             f"slurm.time_min={batch.time_min} leaves no time to serve: Slurm's notice comes up to "
@@ -256,5 +263,5 @@ def _flags(recipe: Recipe) -> dict[str, Any]:
 
 def submitted_words(overrides: Sequence[str]) -> tuple[str, ...]:
     """The words that make a recipe again, on another machine: without those about this one call."""
-    gone = {"dry_run", "wait", "runs_dir", "launcher"}
+    gone = {"dry_run", "wait", "runs_dir", "launcher", "chain"}
     return tuple(word for word in overrides if word.partition("=")[0].lstrip("+") not in gone)

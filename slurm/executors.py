@@ -27,6 +27,8 @@ from slurm.environments import interpreter
 from slurm.hosts import VISIBLE_DEVICES, devices_here
 
 YEAR_MIN = 365 * 24 * 60
+SBATCH_S = 45
+FULL = "temporarily unable to accept job"
 
 
 class Submitted(Protocol):
@@ -43,11 +45,18 @@ class Submitted(Protocol):
 
 
 class SlurmExecutor(submitit.SlurmExecutor):
-    """submitit's own, sending our script to the letter."""
+    """submitit's own, sending our script to the letter, and waiting `SBATCH_S` for sbatch at most.
 
-    def __init__(self, folder: Path, text: str) -> None:
+    sbatch itself goes on asking a controller with a full queue for two minutes, and says so nowhere.
+    """
+
+    def __init__(self, folder: Path, text: str, begin_in_s: int = 0) -> None:
         super().__init__(folder)
         self._text = text
+        self._flags = (f"--begin=now+{begin_in_s}",) if begin_in_s else ()
+
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        return ["timeout", str(SBATCH_S), "sbatch", *self._flags, str(submission_file_path)]
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         return self._text
@@ -148,7 +157,7 @@ def submit(launcher: Launcher, recipe: Recipe, plan: Plan, asked: Submission) ->
             return local.submit(task.run, str(run_dir))
     if launcher is Launcher.ALLOCATION:
         return _step(recipe, plan, asked)
-    executor = SlurmExecutor(folder, batch.script(recipe, plan, asked))
+    executor = SlurmExecutor(folder, batch.script(recipe, plan, asked), asked.begin_in_s)
     executor.update_parameters(**batch.parameters(recipe, plan, asked))
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what sbatch says; the error below repeats it
@@ -185,7 +194,12 @@ def _said(error: Exception) -> str:
     """What sbatch said, without submitit's own words around it."""
     text = str(error)
     lines = [line.partition("error:")[2].strip() for line in text.splitlines() if "error:" in line]
-    return "\n".join(lines) or text.strip()
+    if any(FULL in line for line in lines):
+        return (
+            f"Slurm's queue is full, for {SBATCH_S} s it said {lines[0]!r}: submit again later, or cancel jobs of yours that wait "
+            "(squeue --me)"
+        )
+    return "\n".join(dict.fromkeys(lines)) or text.strip()
 
 
 @contextlib.contextmanager

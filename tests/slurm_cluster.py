@@ -29,6 +29,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+GRACE_S = 20
 _START_TIMEOUT_S = 60.0
 _TERM_GRACE_S = 3.0
 _KILL_TIMEOUT_S = 30.0
@@ -56,7 +57,10 @@ class _Daemons:
 
 @dataclass(frozen=True, slots=True)
 class SlurmCluster:
-    """A running cluster: partition `main` over all nodes (the default), `short` over the first one only."""
+    """A running cluster: partition `main` over all nodes (the default), `short` over the first one only.
+
+    Jobs in `spare` and `spare_requeue` give way to those in `urgent`, which cancel or requeue them after a grace.
+    """
 
     root: Path
     nodes: tuple[str, ...]
@@ -121,8 +125,9 @@ def slurm_cluster(
     memory_mb: int = 6000,
     kill_wait_s: int = 10,
     slurmd_timeout_s: int = 20,
+    max_jobs: int = 10000,
 ) -> Iterator[SlurmCluster]:
-    """Run a cluster with `nodes` idle nodes n1.. for the length of the block.
+    """Run a cluster with `nodes` idle nodes n1.. for the length of the block; it takes `max_jobs` jobs, ended ones included.
 
     Configuration, controller state and logs stay in `root` afterwards; no process of the cluster does,
     jobs included, however the block ends. Raises RuntimeError with the ends of the logs when the cluster
@@ -134,7 +139,7 @@ def slurm_cluster(
     run_dir = Path(tempfile.mkdtemp(prefix="slc-", dir="/tmp"))
     try:
         daemons = _prepare(root.resolve(), run_dir, names)
-        daemons.conf.write_text(_slurm_conf(daemons, cpus, memory_mb, kill_wait_s, slurmd_timeout_s))
+        daemons.conf.write_text(_slurm_conf(daemons, cpus, memory_mb, kill_wait_s, slurmd_timeout_s, max_jobs))
         cluster = SlurmCluster(root.resolve(), names, daemons.env, daemons)
         try:
             _bring_up(cluster)
@@ -175,7 +180,9 @@ def _free_ports(count: int) -> list[int]:
     raise RuntimeError(f"fewer than {count} free ports in {_PORTS}")
 
 
-def _slurm_conf(daemons: _Daemons, cpus: int, memory_mb: int, kill_wait_s: int, slurmd_timeout_s: int) -> str:
+def _slurm_conf(
+    daemons: _Daemons, cpus: int, memory_mb: int, kill_wait_s: int, slurmd_timeout_s: int, max_jobs: int
+) -> str:
     """Return slurm.conf: no accounting, no cgroups, loopback only, made-up hardware believed."""
     # Slurm compares its SlurmctldHost with the short host name.
     host = socket.gethostname().split(".")[0]
@@ -213,14 +220,20 @@ def _slurm_conf(daemons: _Daemons, cpus: int, memory_mb: int, kill_wait_s: int, 
         "ReturnToService": 2,
         "KillWait": kill_wait_s,
         "SlurmdTimeout": slurmd_timeout_s,
+        "MaxJobCount": max_jobs,
+        "PreemptType": "preempt/partition_prio",
+        "PreemptMode": "REQUEUE",
     }
     lines = [f"{key}={value}" for key, value in settings.items()]
     hardware = f"CPUs={cpus} RealMemory={memory_mb} State=UNKNOWN"
     for name, port in daemons.node_ports.items():
         lines.append(f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} {hardware}")
     limits = "State=UP OverSubscribe=NO"
-    lines.append(f"PartitionName=main Nodes={','.join(names)} Default=YES MaxTime=01:00:00 {limits}")
-    lines.append(f"PartitionName=short Nodes={names[0]} MaxTime=00:02:00 {limits}")
+    lines.append(f"PartitionName=main Nodes={','.join(names)} Default=YES MaxTime=01:00:00 PreemptMode=OFF {limits}")
+    lines.append(f"PartitionName=short Nodes={names[0]} MaxTime=00:02:00 PreemptMode=OFF {limits}")
+    for name, mode in (("spare", "CANCEL"), ("spare_requeue", "REQUEUE")):
+        lines.append(f"PartitionName={name} Nodes={','.join(names)} PreemptMode={mode} GraceTime={GRACE_S} {limits}")
+    lines.append(f"PartitionName=urgent Nodes={','.join(names)} PriorityTier=10 PreemptMode=OFF {limits}")
     return "\n".join(lines) + "\n"
 
 

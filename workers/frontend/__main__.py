@@ -25,7 +25,7 @@ import uvloop
 from launch.errors import ConfigError, LaunchError
 from launch.plan import FRONTEND_PORT, plan, shared_port
 from launch.recipe import Kind, Recipe, RouterMode
-from launch.records import Control, RunDirectory
+from launch.records import STOPPING, Control, RunDirectory
 from launch.standby import frontend_place
 from slurm.children import report
 from slurm.limit import told
@@ -268,6 +268,7 @@ async def serve(
         report("ready")
         await stop.wait()
         report("draining")
+        service.moved = await asyncio.to_thread(RunDirectory(folder).moved)
         await drain(app, listening, server, links, recipe.engine.drain_s)
         for task in tasks:
             task.cancel()
@@ -381,8 +382,8 @@ async def drain(app: App, listening: Sequence[asyncio.Server], server: Server, l
     if running:
         _, late = await asyncio.wait(running, timeout=timeout_s)
         if late:
-            app.service.gate.refuse_all("the deployment is stopping")
-            links.abort("the deployment is stopping")
+            app.service.gate.refuse_all(STOPPING)
+            links.abort(STOPPING)
             await asyncio.wait(late, timeout=FLUSH_S)
     for listener in listening:
         listener.close()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.recipe import Kind, Tokenize
+from launch.records import STOPPING
 from workers.frontend.admission import Gate
 from workers.frontend.errors import ApiError
 from workers.frontend.exchange import Pool
@@ -49,6 +50,8 @@ class Service:
     gate: Gate
     tokenize: Tokenize = Tokenize.AUTO
     draining: bool = False
+    moved: str | None = None
+    """The URL that serves instead, once it is draining."""
     seconds_left: Callable[[], int | None] = lambda: None
     """Until Slurm ends the job; None where nothing is known of that."""
 
@@ -93,7 +96,7 @@ class Service:
             can = "computes embeddings and scores" if self.pool.pooling else "generates text"
             raise ApiError(400, f"the model {model!r} {can} and cannot answer this", "model")
         if self.draining:
-            raise ApiError(503, "the deployment is stopping", retry_after_s=5)
+            raise ApiError(503, self.reason([]), retry_after_s=5)
         if self.pool.unable:
             raise ApiError(503, self.reason(self.pool.unable), retry_after_s=1)
         self.gate.refuse_early()
@@ -116,7 +119,7 @@ class Service:
     def reason(self, missing: list[Kind]) -> str:
         """Why something cannot be answered."""
         if self.draining:
-            return "the deployment is stopping"
+            return f"{STOPPING}: {self.moved} serves instead" if self.moved else STOPPING
         return f"no {' and no '.join(missing)} worker is ready"
 
     async def tokenized(self, size: int, work: Callable[[], bytes]) -> bytes:
