@@ -38,6 +38,26 @@ def test_the_deltas_of_a_stream_join_to_the_text(texts: list[str], shape: Shape,
 
 
 @given(st.lists(st.text(), min_size=1, max_size=8), st.sampled_from([Shape.CHAT, Shape.COMPLETION]))
+def test_chunks_hold_what_a_plain_stream_says(texts: list[str], shape: Shape) -> None:
+    """Byte for byte, whatever the lengths of the texts, also when one comes again."""
+    plain, chunked = (Choice(Render(shape, True, framed, HEAD, "}", 0)) for framed in (False, True))
+    pieces = [said(text) for text in (*texts, *texts)]
+
+    assert unchunked(b"".join(map(chunked.delta, pieces))) == b"".join(map(plain.delta, pieces))
+
+
+def unchunked(data: bytes) -> bytes:
+    """The payload of chunks, each of which has to say its size exactly."""
+    payload = b""
+    while data:
+        size, _, rest = data.partition(b"\r\n")
+        length = int(size, 16)
+        assert rest[length : length + 2] == b"\r\n"
+        payload, data = payload + rest[:length], rest[length + 2 :]
+    return payload
+
+
+@given(st.lists(st.text(), min_size=1, max_size=8), st.sampled_from([Shape.CHAT, Shape.COMPLETION]))
 def test_a_unary_choice_holds_the_whole_text(texts: list[str], shape: Shape) -> None:
     """And nothing was written before its end."""
     choice = Choice(Render(shape, False, False, HEAD, "}", 0))

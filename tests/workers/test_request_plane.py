@@ -145,6 +145,27 @@ async def test_an_answer_streams_and_counts(plane: Plane) -> None:
     assert (b"".join(written) + done.data).count(b"data: ") == 16
 
 
+async def test_steps_that_come_fast_share_frames(plane: Plane) -> None:
+    """No token is lost or out of order by it, and the last word comes last."""
+    worker = plane.add()
+    client = worker.context.socket(zmq.DEALER)
+    OURS.apply(client)
+    client.connect(worker.card.address)
+    asked = wire.Generate(7, wire.Leg.WHOLE, "r", wire.pack([20, 21, 22]), b"", b"{}", 500, RENDER)
+    client.send(wire.encode(asked))
+    frames: list[wire.Step] = []
+    async with asyncio.timeout(20):
+        while not (frames and frames[-1].ends):
+            if await asyncio.to_thread(client.poll, 100):
+                message = wire.decode_to_frontend(client.recv())
+                frames += [message] if isinstance(message, wire.Step) else []
+    client.close(0)
+    ids = b"".join(ids for frame in frames for _, ids, _ in frame.deltas) + frames[-1].ends[0].ids
+
+    assert wire.unpack(ids) == ([20, 21, 22] * 167)[:500]
+    assert len(frames) < 400
+
+
 async def test_a_worker_lost_before_the_first_byte_costs_another_attempt(plane: Plane) -> None:
     """On the other worker; the client sees nothing of it."""
     first = plane.add(interval_s=60)

@@ -44,6 +44,7 @@ from workers.engine.options import serving_options
 from workers.engine.page import MetricsPage, own_multiprocess_folder, process_families
 from workers.engine.server import RequestServer
 from workers.runtime import wire
+from workers.runtime.collector import settle
 from workers.runtime.curve import ServerKeys
 from workers.runtime.etcd import Etcd
 from workers.runtime.events import LoadEvent, publish_load
@@ -173,6 +174,7 @@ async def serve(
     families = Labelled(labels_of(recipe, member), (registry, ours), process_families())
     page = MetricsPage(families, lambda: standing.reason, lambda: pulse.alive, admission(recipe, keys))
     page.start(place.address, int(place.port(member.ports.metrics)))
+    settle()
 
     def load() -> LoadEvent:
         now = engine.load

@@ -31,28 +31,27 @@ class Choice:
         self._tail = render.tail.encode() + b"\n\n"
         self._text: list[str] = []
         self._opened = bool(produced) or not self._chat
-        # What stands around the text of a plain delta, which is what nearly all are: made once, not for each token.
+        # What stands around the text of a plain delta, which is what nearly all are, is made once and not for each token:
+        # what comes before it once for each length of text, as an HTTP chunk begins with its size.
         before, after = (b'"delta":{"content":', b"}") if self._chat else (b'"text":', b"")
         self._before = self._head + before
         self._after = b'%b,%b,"finish_reason":null}]%b' % (after, NO_MEMBERS, self._tail)
+        self._around = len(self._before) + len(self._after)
+        self._ending = self._after + b"\r\n" * render.chunked
+        self._leads: dict[int, bytes] = {}
+        self._plain = render.stream and self._opened and not render.usage
         self._prompt_tokens = prompt_tokens
         self._tokens = produced
 
     def delta(self, piece: Piece) -> bytes:
         """Bytes for the client after a step that is not the last; none for a unary answer."""
+        if self._plain and piece.text and piece.message is None and piece.members == NO_MEMBERS:
+            text = _json(piece.text)
+            lead = self._leads.get(len(text))
+            return b"".join((self._lead(len(text)) if lead is None else lead, text, self._ending))
         if not self._render.stream:
             self._text.append(piece.text)
             return b""
-        if (
-            piece.text
-            and self._opened
-            and not self._render.usage
-            and piece.message is None
-            and piece.members == NO_MEMBERS
-        ):
-            self._tokens += len(piece.ids)
-            event = b"%b%b%b" % (self._before, _json(piece.text), self._after)
-            return chunk(event) if self._render.chunked else event
         silent = not piece.message if piece.message is not None else not piece.text and piece.members == NO_MEMBERS
         opening = b"" if silent else self._opening(piece.extra)
         self._tokens += len(piece.ids)
@@ -78,11 +77,18 @@ class Choice:
             stop,
         )
 
+    def _lead(self, length: int) -> bytes:
+        """What comes before a text of that length in a plain delta."""
+        lead = b"%x\r\n%b" % (self._around + length, self._before) if self._render.chunked else self._before
+        self._leads[length] = lead
+        return lead
+
     def _opening(self, extra: bytes) -> bytes:
         """The event that opens a chat stream, once; with `extra` at its top."""
         if self._opened:
             return b""
         self._opened = True
+        self._plain = not self._render.usage  # no event counts tokens: `_tokens` may then fall behind
         return self._event(b'"delta":{"role":"assistant","content":""}', NO_MEMBERS, NULL, None, extra)
 
     def _content(self, piece: Piece) -> bytes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import gc
 import logging
 import os
 import signal
@@ -57,6 +56,7 @@ from workers.frontend.sources import worker_tokenizes
 from workers.frontend.stored import Store
 from workers.frontend.text import Text
 from workers.frontend.trace import Tracer
+from workers.runtime.collector import settle
 from workers.runtime.commands import Commander
 from workers.runtime.curve import ClientKeys
 from workers.runtime.etcd import Etcd
@@ -70,8 +70,6 @@ log = logging.getLogger("workers.frontend")
 FLUSH_S = 2.0
 BATCHES = "batches"
 KERNEL_SEND_BYTES = 256 << 10
-# Python looks for cycles after every 700 new objects, which a few streams make in a millisecond.
-GC_THRESHOLDS = (20_000, 20, 50)
 SETTLE_S = 1.0
 LEADS_S = 1.0
 
@@ -231,10 +229,7 @@ async def serve(
         on_cut=lambda why: metrics.cut.labels(why).inc(),
     )
     report("loading")
-    # What was made until here lives as long as the process: the collector need not look at it again and again.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
+    settle()
     etcd = Etcd(control)
     before = known.read()
     if before:
