@@ -124,6 +124,10 @@ class UnbegunError(LostError):
     """The engine did not even begin: what a prefill engine holds for this request is still held."""
 
 
+class PeerLostError(LostError):
+    """The engine that holds the prompt's KV cache cannot be reached from here; others may still reach it."""
+
+
 class Engine(Protocol):
     """An engine that is up. `generate` and `call` raise RefusedError or LostError; leaving the iterator aborts."""
 

@@ -14,7 +14,7 @@ import zmq
 from prometheus_client import CollectorRegistry, Gauge
 
 from workers.engine import transfer
-from workers.engine.base import Ask, Engine, LostError, RefusedError, UnbegunError
+from workers.engine.base import Ask, Engine, LostError, PeerLostError, RefusedError, UnbegunError
 from workers.engine.metrics import Outcomes
 from workers.engine.shapes import writer
 from workers.runtime import wire
@@ -172,7 +172,7 @@ class RequestServer:
         except RefusedError as error:
             self._fail(key, wire.Failed(0, error.status, str(error), False, error.param))
         except (LostError, transfer.TransferError) as error:
-            self._fail(key, wire.Failed(0, 503, str(error), True))
+            self._fail(key, wire.Failed(0, 503, str(error), True, source_lost=isinstance(error, PeerLostError)))
         except Exception as error:
             log.exception("request %s failed", request.request_id)
             self._fail(key, wire.Failed(0, 500, f"{type(error).__name__}: {error}", False))

@@ -16,7 +16,7 @@ from workers.engine.connectors import lease_s
 from workers.engine.health import fallen_cores
 from workers.engine.metrics import EngineStats, sum_up
 from workers.engine.options import ServingOptions
-from workers.engine.peers import Peers
+from workers.engine.peers import Address, Peers
 from workers.engine.vllm_operations import VllmOperations
 
 if TYPE_CHECKING:
@@ -85,10 +85,12 @@ class VllmEngine:
         if request.cache_salt is not None:
             prompt["cache_salt"] = request.cache_salt
         sampling = request.sampling
+        peer: Address | None = None
         if ask.prefill_only or ask.encode_only:
             sampling = _thrown_away({"kv_transfer_params": dict(PREFILL)} if ask.prefill_only else {})
         elif ask.transfer is not None:
-            await self._peers.check(transfer.peer(ask.transfer))
+            peer = transfer.peer(ask.transfer)
+            await self._peers.check(peer)
             pull = transfer.unpack(ask.transfer, len(request.prompt), self.sizes.block_size)
             sampling.extra_args = {**(sampling.extra_args or {}), "kv_transfer_params": pull}
         with self._using(ask.adapter) as adapter, self._requests.refusing():
@@ -103,9 +105,12 @@ class VllmEngine:
                     trace_headers=ask.trace,
                     **({} if ask.prefill_only or ask.encode_only else request.for_engine()),
                 )
-                async with contextlib.aclosing(stream):
-                    async for output in stream:
+                outputs = self._peers.pulled(peer, stream) if peer else stream
+                async with contextlib.aclosing(stream), contextlib.aclosing(outputs):
+                    async for output in outputs:
                         if output.outputs[0].finish_reason in ("abort", "error"):
+                            if peer:
+                                self._peers.forget(peer)
                             raise LostError(f"the engine ended the request with {output.outputs[0].finish_reason!r}")
                         early = ask.prefill_only or ask.encode_only
                         piece = _prefilled(output) if early else request.read(output)

@@ -22,6 +22,7 @@ from workers.frontend.errors import ApiError
 from workers.frontend.kv_router import KvBooking
 from workers.frontend.links import LOST, Link, Links
 from workers.frontend.local import LocalPrefill, Reason
+from workers.frontend.pairs import Pairs
 from workers.frontend.router import Mode, Router
 from workers.frontend.wishes import Wishes
 from workers.runtime import wire
@@ -142,6 +143,7 @@ class Pool:
         self.on_local = on_local
         self.on_resumed = on_resumed
         self.attempts = attempts
+        self.pairs = Pairs()
 
     def usable(self, kind: Kind, adapter: str = "") -> list[Link]:
         """The workers of a kind that may be asked now, those with the adapter if one is named."""
@@ -183,12 +185,18 @@ class Pool:
         if question.reads_prompt:
             return Reason.READS_PROMPT
         decodes = self.usable(Kind.DECODE, question.adapter)
+        if self.unpulled(question).issuperset(link.card.instance for link in prefills):
+            return Reason.CUT
         return self._local.reason(
             question.tokens,
             [link.prefilling for link in prefills],
             [link.prefilling for link in decodes],
             lambda: self._cached_tokens(decodes, question),
         )
+
+    def unpulled(self, question: Question) -> set[str]:
+        """Instances of prefill workers that no decode worker can pull from."""
+        return self.pairs.sources({link.card.instance for link in self.usable(Kind.DECODE, question.adapter)})
 
     def _cached_tokens(self, links: list[Link], question: Question) -> int:
         """The most tokens of a prompt that one of these workers caches, as far as is known."""
@@ -381,7 +389,8 @@ async def _attempt(pool: Pool, question: Question, relay: Relay, avoid: set[str]
         return await _whole(pool, Kind.DECODE, question, relay, avoid | pool.crowded(question, reason))
     source, prefilled = await _prefill(pool, question, relay, avoid)
     try:
-        target = pool.pick(Kind.DECODE, question, avoid, source.card.fingerprint, computes=False)
+        cut = pool.pairs.targets(source.card.instance)
+        target = pool.pick(Kind.DECODE, question, avoid | cut, source.card.fingerprint, computes=False)
         if time.time() > prefilled.expires_at:
             raise LegLostError(wire.Failed(0, 503, "the prefill expired, or the nodes' clocks differ", True), "")
     except (ApiError, LegLostError):
@@ -395,14 +404,20 @@ async def _attempt(pool: Pool, question: Question, relay: Relay, avoid: set[str]
         return _generate(stream, passed, relay, wire.Leg.DECODE, target.rank, prefilled)
 
     # Once sent, the transfer belongs to the decode worker, which uses it or releases it.
-    last = await _run(
-        target,
-        relay,
-        build,
-        wire.End,
-        source=source,
-        on_unsent=lambda: _release(pool, question, prefilled.transfer),
-    )
+    try:
+        last = await _run(
+            target,
+            relay,
+            build,
+            wire.End,
+            source=source,
+            on_unsent=lambda: _release(pool, question, prefilled.transfer),
+        )
+    except LegLostError as error:
+        if error.failed.source_lost:  # its blocks stay until their lease ends: a pull that hangs may still read them
+            pool.pairs.cut(source.card.instance, target.link.card.instance)
+            avoid.add(source.card.instance)
+        raise
     # The decode side's own count is unreliable after a pull (vLLM 0.32); the prefill side knows.
     last.cached_tokens = min(prefilled.cached_tokens, last.prompt_tokens)
     return last
@@ -442,7 +457,7 @@ async def _encoded(pool: Pool, question: Question, avoid: set[str]) -> Question:
 
 async def _prefill(pool: Pool, question: Question, relay: Relay, avoid: set[str]) -> tuple[Link, wire.Prefilled]:
     """The prefill leg. When the client leaves during it, its result is released as soon as it is there."""
-    target = pool.pick(Kind.PREFILL, question, avoid)
+    target = pool.pick(Kind.PREFILL, question, avoid | pool.unpulled(question))
     pool.on_leg(Kind.PREFILL)
 
     def build(stream: int) -> wire.Generate:

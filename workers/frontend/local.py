@@ -22,6 +22,7 @@ class Reason(StrEnum):
     LOAD = "load"
     READS_PROMPT = "reads_prompt"
     NO_PREFILL = "no_prefill"
+    CUT = "cut"  # no prefill worker can be reached from a decode worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

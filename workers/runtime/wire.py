@@ -176,13 +176,17 @@ class Called(msgspec.Struct, array_like=True):
 
 
 class Failed(msgspec.Struct, array_like=True):
-    """The last word on a stream that could not be served; `retryable` if another worker might do it."""
+    """The last word on a stream that could not be served; `retryable` if another worker might do it.
+
+    `source_lost` says that a decode worker could not reach the prefill worker that it was to pull from.
+    """
 
     stream: int
     status: int
     message: str
     retryable: bool
     param: str | None = None
+    source_lost: bool = False
 
 
 class Step(msgspec.Struct, array_like=True, tag="s"):
