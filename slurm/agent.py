@@ -26,9 +26,9 @@ import zmq
 
 from launch.errors import DeploymentError, LaunchError
 from launch.plan import ETCD_PORT, NATS_PORT, Member, Plan, plan
-from launch.recipe import Launcher, Recipe
+from launch.recipe import Executor, Launcher, Recipe
 from launch.records import Control, Job, MemberRecord, RankRecord, RunDirectory, State
-from slurm import children, commands, fabric, hosts, limit, ports, signals
+from slurm import children, commands, fabric, hosts, limit, ports, shield, signals
 from slurm.batch import notice_s
 from slurm.examination import Examination
 from slurm.overseer import Overseer
@@ -37,6 +37,7 @@ from slurm.supervise import Command, Supervised
 from slurm.together import Together
 from workers.control import servers
 from workers.control.certificates import Certificates, issue
+from workers.engine.arguments import role_of
 from workers.runtime.awake import AwakeClock
 
 log = logging.getLogger(__name__)
@@ -315,7 +316,9 @@ class Agent:
             changed = functools.partial(self._note_generation, member.name)
             together = Together(self._run, self._job.attempt, others, member, changed)
             self._together[member.name] = together
-        return self._child(member.name, invocation, self._recipe.engine.ready_timeout_s, together)
+        # Ray's processes are not ours, and would not be told who sent a signal.
+        shielded = role_of(self._recipe, member).executor is not Executor.RAY
+        return self._child(member.name, invocation, self._recipe.engine.ready_timeout_s, together, shielded)
 
     def _devices(self) -> tuple[str, ...] | None:
         """The GPUs that this rank was given, as CUDA counts or names them; None when nobody restricted them."""
@@ -325,7 +328,12 @@ class Agent:
         return tuple(given.split(",")) if given else None
 
     def _child(
-        self, name: str, invocation: commands.Invocation, ready_timeout_s: float, together: Together | None = None
+        self,
+        name: str,
+        invocation: commands.Invocation,
+        ready_timeout_s: float,
+        together: Together | None = None,
+        shielded: bool = True,
     ) -> Supervised:
         return self._supervise(
             Command(
@@ -335,6 +343,7 @@ class Agent:
                 log_path=self._run.log_of(self._job.attempt, name),
                 ready_timeout_s=ready_timeout_s,
                 stop_grace_s=self._recipe.engine.drain_s + 15,  # its own drain, and the engine's shutdown after it
+                shielded=shielded and shield.needed(os.environ),
             ),
             together,
         )

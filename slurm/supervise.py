@@ -29,7 +29,7 @@ class BrokenError(Exception):
 class Command:
     """What to run, and how to know that it serves: by `ready`, or else by the child's own report.
 
-    `folder` is where it runs; None for where the agent does.
+    `folder` is where it runs; None for where the agent does. `shielded`: see `slurm.shield`.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Command:
     stop_grace_s: float
     ready: Callable[[], Awaitable[None]] | None = None
     folder: Path | None = None
+    shielded: bool = False
 
 
 class Supervised:
@@ -129,7 +130,7 @@ class Supervised:
         self._broken = None
         env = {**command.env, **(self._together.environment if self._together else {})}
         self._child = child = await start(
-            command.name, command.argv, env, command.log_path, self._reported, command.folder
+            command.name, command.argv, env, command.log_path, self._reported, command.folder, command.shielded
         )
         try:
             if self._stopping.is_set():  # the request came while there was no child to tell

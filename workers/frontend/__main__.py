@@ -22,6 +22,7 @@ from launch.errors import ConfigError, LaunchError
 from launch.plan import FRONTEND_PORT, plan, shared_port
 from launch.recipe import Kind, Recipe, RouterMode
 from launch.records import Control, RunDirectory
+from slurm import shield
 from slurm.children import report
 from slurm.limit import told
 from slurm.places import Place, places
@@ -72,6 +73,7 @@ SETTLE_S = 1.0
 
 def main() -> int:
     """Serve until SIGTERM, then let what runs finish."""
+    shield.hear()
     run, name = RunDirectory(Path(sys.argv[1])), sys.argv[2]
     set_up_logging(name)
     recipe, job, control = run.recipe(), run.job(), run.control()
