@@ -33,6 +33,7 @@ from slurm.batch import notice_s
 from slurm.examination import Examination
 from slurm.overseer import Overseer
 from slurm.places import Place
+from slurm.spare import Spare
 from slurm.supervise import Command, Supervised
 from slurm.together import Together
 from workers.control import servers
@@ -224,7 +225,8 @@ class Agent:
         limit_s = self._recipe.engine.ready_timeout_s + 2 * self._recipe.preflight.timeout_s
         if not await self._wait_for(self._examination.sound.is_set, limit_s, unless_stopped=True):
             raise DeploymentError(f"the preflight of rank {self._rank} did not end: see its log")
-        frontends = [self._frontend(name) for name in self._plan.frontends] if self._rank == 0 else []
+        spare = self._spare_frontend()
+        frontends = [self._frontend(name, spare) for name in self._plan.frontends] if self._rank == 0 else []
         leaders: list[Supervised] = []
         followers: list[tuple[Member, Supervised]] = []
         for member in self._plan.on(self._rank):
@@ -239,7 +241,10 @@ class Agent:
                 followers.append((member, item))
         for item in (*frontends, *leaders, *(item for _, item in followers)):
             group.create_task(item.run(), name=item.command.name)
+        keeping = [group.create_task(spare.keep(), name="spare")] if frontends else []
         await self._stop.wait()
+        for task in keeping:
+            task.cancel()
         for item in (*leaders, *(item for _, item in followers)):
             item.expect_end()
         if self._rank == 0:
@@ -299,9 +304,14 @@ class Agent:
             )
         )
 
-    def _frontend(self, name: str) -> Supervised:
+    def _frontend(self, name: str, spare: Spare) -> Supervised:
         invocation = commands.frontend(name, self._run.path, self._ends_at)
-        return self._child(name, invocation, FRONTEND_READY_S)
+        return self._child(name, invocation, FRONTEND_READY_S, spare=spare)
+
+    def _spare_frontend(self) -> Spare:
+        invocation = commands.spare_frontend(self._run.path, self._ends_at)
+        log_path = self._run.log_of(self._job.attempt, "spare")
+        return Spare(invocation.argv, {**os.environ, **invocation.env}, log_path, shield.needed(os.environ))
 
     def _engine(self, member: Member) -> Supervised:
         place = Place(self._record.address, self._record.port_base)
@@ -334,6 +344,7 @@ class Agent:
         ready_timeout_s: float,
         together: Together | None = None,
         shielded: bool = True,
+        spare: Spare | None = None,
     ) -> Supervised:
         return self._supervise(
             Command(
@@ -346,10 +357,11 @@ class Agent:
                 shielded=shielded and shield.needed(os.environ),
             ),
             together,
+            spare,
         )
 
-    def _supervise(self, command: Command, together: Together | None = None) -> Supervised:
-        item = Supervised(command, self._note_and_save, together)
+    def _supervise(self, command: Command, together: Together | None = None, spare: Spare | None = None) -> Supervised:
+        item = Supervised(command, self._note_and_save, together, spare)
         self._supervised.append(item)
         return item
 

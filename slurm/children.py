@@ -61,6 +61,11 @@ class Child:
         self._shielded = shielded
         self._shared_memory: set[str] = set()
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended."""
+        return self._process.returncode is not None
+
     async def wait(self) -> int:
         """Exit code of the child; negative is the signal that killed it."""
         return await self._process.wait()
@@ -129,6 +134,7 @@ async def start(
     on_report: Callable[[Report], None] | None = None,
     folder: Path | None = None,
     shielded: bool = False,
+    stdin: int = asyncio.subprocess.DEVNULL,
 ) -> Child:
     """Start a child.
 
@@ -140,6 +146,7 @@ async def start(
         on_report: Called in the loop with every report.
         folder: Where it runs; None for where we do.
         shielded: Whether it shall not see Slurm's SIGTERM; its program calls `shield.hear`.
+        stdin: Descriptor of its standard input; nothing by default.
     """
     scratch = Path(tempfile.mkdtemp(prefix="baton-"))
     read_end, write_end = os.pipe()
@@ -147,7 +154,7 @@ async def start(
         process = await asyncio.create_subprocess_exec(
             *argv,
             env={**env, "TMPDIR": str(scratch), REPORT_FD: str(write_end)},
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=stdin,
             stdout=output,
             stderr=asyncio.subprocess.STDOUT,
             pass_fds=(write_end,),

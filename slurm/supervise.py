@@ -11,6 +11,7 @@ from pathlib import Path
 from launch.errors import ChildError, DeploymentError
 from launch.records import State
 from slurm.children import Child, Report, start
+from slurm.spare import Spare
 from slurm.together import Together
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Supervised:
     """One supervised child. A death before it was ever ready is an error; any later one is repaired.
 
     With `together` the child is a member of an engine over several ranks: it starts and ends with the others, and "ready"
-    is when the engine serves.
+    is when the engine serves. With `spare` a process that waits takes the place of one that died.
     """
 
     def __init__(
@@ -55,11 +56,13 @@ class Supervised:
         command: Command,
         on_state: Callable[[str, State, int, str], None],
         together: Together | None = None,
+        spare: Spare | None = None,
     ) -> None:
         self.command = command
         self.first_ready = asyncio.Event()
         self._on_state = on_state
         self._together = together
+        self._spare = spare
         self._broken: str | None = None
         self._ending = False
         self._child: Child | None = None
@@ -129,7 +132,8 @@ class Supervised:
         self._ready.clear()
         self._broken = None
         env = {**command.env, **(self._together.environment if self._together else {})}
-        self._child = child = await start(
+        child = self._spare.take(command.name, command.log_path, self._reported) if self._spare else None
+        self._child = child = child or await start(
             command.name, command.argv, env, command.log_path, self._reported, command.folder, command.shielded
         )
         try:

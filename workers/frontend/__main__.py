@@ -1,4 +1,4 @@
-"""A frontend process: `python -m workers.frontend RUN_DIR NAME`, started by rank 0's agent."""
+"""A frontend process: `python -m workers.frontend RUN_DIR NAME`, started by rank 0's agent; without NAME, a spare one."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from slurm import shield
 from slurm.children import report
 from slurm.limit import told
 from slurm.places import Place, places
+from slurm.spare import wait_for_place
 from workers.engine.options import merged, serving_options
 from workers.frontend import tls
 from workers.frontend.admin import Admin
@@ -74,7 +75,7 @@ SETTLE_S = 1.0
 def main() -> int:
     """Serve until SIGTERM, then let what runs finish."""
     shield.hear()
-    run, name = RunDirectory(Path(sys.argv[1])), sys.argv[2]
+    run, name = RunDirectory(Path(sys.argv[1])), sys.argv[2] if len(sys.argv) > 2 else wait_for_place()
     set_up_logging(name)
     recipe, job, control = run.recipe(), run.job(), run.control()
     if job is None or control is None:
