@@ -24,20 +24,22 @@ from typing import Any
 
 from launch.errors import DeploymentError, LaunchError
 from launch.plan import Member, Plan, plan
-from launch.recipe import Launcher, Recipe
+from launch.recipe import Executor, Launcher, Recipe
 from launch.records import Head, Job, MemberRecord, Phase, RankRecord, RunDirectory, State
 from launch.standby import control_ranks, frontends_on
-from slurm import children, commands, control, fabric, ghost, hosts, limit, ports, signals
+from slurm import children, commands, control, fabric, ghost, hosts, limit, ports, shield, signals
 from slurm.batch import notice_s
 from slurm.examination import Examination
 from slurm.head import Headship
 from slurm.heard import Heard
 from slurm.overseer import Overseer
 from slurm.places import Place
+from slurm.spare import Spare
 from slurm.succession import Succession
 from slurm.supervise import Command, Supervised
 from slurm.together import Together
 from workers.control import servers
+from workers.engine.arguments import role_of
 from workers.runtime.awake import AwakeClock
 from workers.runtime.etcd import Etcd
 
@@ -150,6 +152,7 @@ class Agent:
         self._rank = rank
         self._stop = stop
         self._supervised: list[Supervised] = []
+        self._spare: Spare | None = None
         self._frontends: dict[str, Supervised] = {}
         self._together: dict[str, Together] = {}
         self._control_ranks = control_ranks(recipe, where, job.launcher)
@@ -252,9 +255,11 @@ class Agent:
         limit_s = self._recipe.engine.ready_timeout_s + 2 * self._recipe.preflight.timeout_s
         if not await self._wait_for(self._examination.sound.is_set, limit_s, unless_stopped=True):
             raise DeploymentError(f"the preflight of rank {self._rank} did not end: see its log")
+        keeping = []
         if self._rank in self._control_ranks:
             for name in frontends_on(self._plan, self._rank):
                 group.create_task(self._keep_frontend(name), name=name)
+            keeping.append(group.create_task(self._keep_spare(), name="spare"))
         leaders: list[Supervised] = []
         followers: list[tuple[Member, Supervised]] = []
         for member in self._plan.on(self._rank):
@@ -270,6 +275,8 @@ class Agent:
         for item in (*leaders, *(item for _, item in followers)):
             group.create_task(item.run(), name=item.command.name)
         await self._stop.wait()
+        for task in keeping:
+            task.cancel()
         for item in (*leaders, *(item for _, item in followers)):
             item.expect_end()
         await _all_stopped(list(self._frontends.values()))
@@ -425,9 +432,24 @@ class Agent:
         )
 
     def _frontend(self, name: str) -> Supervised:
+        invocation = commands.frontend(name, self._run.path, self._expires_at())
+        return self._child(name, invocation, FRONTEND_READY_S, spare=self._spare_frontend())
+
+    async def _keep_spare(self) -> None:
+        """A spare for the frontends of this rank, once it has any; for ever."""
+        await self._wait_for(self._frontends_due, math.inf)
+        await self._spare_frontend().keep()
+
+    def _spare_frontend(self) -> Spare:
+        if self._spare is None:
+            invocation = commands.spare_frontend(self._run.path, self._expires_at())
+            log_path = self._run.log_of(self._job.attempt, f"spare-{self._rank}")
+            self._spare = Spare(invocation.argv, {**os.environ, **invocation.env}, log_path, shield.needed(os.environ))
+        return self._spare
+
+    def _expires_at(self) -> float | None:
         endpoint = self._run.endpoint()
-        invocation = commands.frontend(name, self._run.path, endpoint.expires_at if endpoint else None)
-        return self._child(name, invocation, FRONTEND_READY_S)
+        return endpoint.expires_at if endpoint else None
 
     def _engine(self, member: Member) -> Supervised:
         place = Place(self._record.address, self._record.port_base)
@@ -442,7 +464,9 @@ class Agent:
             changed = functools.partial(self._note_generation, member.name)
             together = Together(self._run, self._job.attempt, others, member, changed)
             self._together[member.name] = together
-        return self._child(member.name, invocation, self._recipe.engine.ready_timeout_s, together)
+        # Ray's processes are not ours, and would not be told who sent a signal.
+        shielded = role_of(self._recipe, member).executor is not Executor.RAY
+        return self._child(member.name, invocation, self._recipe.engine.ready_timeout_s, together, shielded)
 
     def _devices(self) -> tuple[str, ...] | None:
         """The GPUs that this rank was given, as CUDA counts or names them; None when nobody restricted them."""
@@ -452,7 +476,13 @@ class Agent:
         return tuple(given.split(",")) if given else None
 
     def _child(
-        self, name: str, invocation: commands.Invocation, ready_timeout_s: float, together: Together | None = None
+        self,
+        name: str,
+        invocation: commands.Invocation,
+        ready_timeout_s: float,
+        together: Together | None = None,
+        shielded: bool = True,
+        spare: Spare | None = None,
     ) -> Supervised:
         return self._supervise(
             Command(
@@ -462,12 +492,14 @@ class Agent:
                 log_path=self._run.log_of(self._job.attempt, name),
                 ready_timeout_s=ready_timeout_s,
                 stop_grace_s=self._recipe.engine.drain_s + 15,  # its own drain, and the engine's shutdown after it
+                shielded=shielded and shield.needed(os.environ),
             ),
             together,
+            spare,
         )
 
-    def _supervise(self, command: Command, together: Together | None = None) -> Supervised:
-        item = Supervised(command, self._note_and_save, together)
+    def _supervise(self, command: Command, together: Together | None = None, spare: Spare | None = None) -> Supervised:
+        item = Supervised(command, self._note_and_save, together, spare)
         self._supervised.append(item)
         return item
 

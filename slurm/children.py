@@ -1,7 +1,7 @@
 """Child processes of an agent: started, watched, stopped and reaped; never orphaned.
 
 Each child leads a process group of its own, so that whatever it starts (an engine's core and workers) can be ended with
-it. The kernel sends it SIGTERM when the agent dies. Its output goes to a log file. It may report its state in JSON
+it. The kernel sends it SIGTERM when the agent dies; Slurm's own it does not see if it is shielded. Its output goes to a log file. It may report its state in JSON
 lines on the file descriptor named by BATON_REPORT_FD.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import re
@@ -22,7 +23,7 @@ from pathlib import Path
 import msgspec
 
 from launch.errors import ChildError
-from slurm import signals
+from slurm import shield, signals
 
 log = logging.getLogger(__name__)
 
@@ -44,24 +45,37 @@ class Report(msgspec.Struct):
 class Child:
     """A running child process."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, log_path: Path, scratch: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        process: asyncio.subprocess.Process,
+        log_path: Path,
+        scratch: Path,
+        shielded: bool = False,
+    ) -> None:
         self.name = name
         self.pid = process.pid
         self.log_path = log_path
         self._process = process
         self._scratch = scratch
+        self._shielded = shielded
         self._shared_memory: set[str] = set()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended."""
+        return self._process.returncode is not None
 
     async def wait(self) -> int:
         """Exit code of the child; negative is the signal that killed it."""
         return await self._process.wait()
 
     async def stop(self, grace_s: float) -> int:
-        """SIGTERM, `grace_s` seconds, SIGKILL to its whole group; returns the exit code once nothing is left of it."""
+        """SIGTERM (or its like), `grace_s` seconds, SIGKILL to its whole group; returns the exit code once nothing is left of it."""
         self.note_shared_memory()
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                self._process.terminate()
+                self._process.send_signal(shield.LEAVE if self._shielded else signal.SIGTERM)
         try:
             code = await asyncio.wait_for(self._process.wait(), grace_s)
         except TimeoutError:
@@ -119,6 +133,8 @@ async def start(
     log_path: Path,
     on_report: Callable[[Report], None] | None = None,
     folder: Path | None = None,
+    shielded: bool = False,
+    stdin: int = asyncio.subprocess.DEVNULL,
 ) -> Child:
     """Start a child.
 
@@ -129,6 +145,8 @@ async def start(
         log_path: Its output is appended here.
         on_report: Called in the loop with every report.
         folder: Where it runs; None for where we do.
+        shielded: Whether it shall not see Slurm's SIGTERM; its program calls `shield.hear`.
+        stdin: Descriptor of its standard input; nothing by default.
     """
     scratch = Path(tempfile.mkdtemp(prefix="baton-"))
     read_end, write_end = os.pipe()
@@ -136,17 +154,17 @@ async def start(
         process = await asyncio.create_subprocess_exec(
             *argv,
             env={**env, "TMPDIR": str(scratch), REPORT_FD: str(write_end)},
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=stdin,
             stdout=output,
             stderr=asyncio.subprocess.STDOUT,
             pass_fds=(write_end,),
             cwd=folder,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=functools.partial(_prepare, shielded),
         )
     os.close(write_end)
     await _listen(read_end, on_report)
-    return Child(name, process, log_path, scratch)
+    return Child(name, process, log_path, scratch, shielded)
 
 
 def become_subreaper() -> None:
@@ -211,7 +229,10 @@ def tail(path: Path, lines: int = 20) -> str:
     return "\n".join(text.splitlines()[-lines:]) or "(empty log)"
 
 
-def _die_with_parent() -> None:
+def _prepare(shielded: bool) -> None:
+    """Between fork and exec: what the child inherits."""
+    if shielded:
+        shield.block()
     # Slurm sends its notice of the time limit to every process of a step, and it would end ours in the middle of a request.
     signal.signal(signals.NOTICE, signal.SIG_IGN)
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

@@ -42,7 +42,13 @@ def frontend(name: str, run_dir: Path, ends_at: float | None = None) -> Invocati
 
     It tokenizes in threads of its own; the tokenizer's would only pass single texts to and fro.
     """
+    waiting = spare_frontend(run_dir, ends_at)
+    return Invocation((*waiting.argv, name), waiting.env)
+
+
+def spare_frontend(run_dir: Path, ends_at: float | None = None) -> Invocation:
+    """A process that becomes a frontend once it is told which (`slurm.spare`)."""
     env = {"TOKENIZERS_PARALLELISM": "false"}
     if ends_at is not None:
         env[ENDS_AT] = f"{ends_at:.0f}"
-    return Invocation((sys.executable, "-m", "workers.frontend", str(run_dir), name), env)
+    return Invocation((sys.executable, "-m", "workers.frontend", str(run_dir)), env)

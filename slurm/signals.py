@@ -14,8 +14,9 @@ NOTICE = signal.SIGUSR1
 # ignore, unless they ask for it, and so do other programs' servers.
 STOP = signal.SIGURG
 HELD = (signal.SIGTERM, NOTICE, STOP, signal.SIGUSR2)
-# scancel's SIGTERM comes from Slurm and from srun, which passes its own on: one wish, told twice within a moment.
-AGAIN_AFTER_S = 0.3
+# scancel's SIGTERM comes from Slurm and from srun, which passes its own on: one wish, told twice within a moment, which on
+# a busy machine is not short.
+AGAIN_AFTER_S = 1.0
 _came: list[signal.Signals] = []
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from launch.errors import ChildError, DeploymentError
 from launch.records import State
 from slurm.children import Child, Report, start
+from slurm.spare import Spare
 from slurm.together import Together
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ class BrokenError(Exception):
 class Command:
     """What to run, and how to know that it serves: by `ready`, or else by the child's own report.
 
-    `folder` is where it runs; None for where the agent does.
+    `folder` is where it runs; None for where the agent does. `shielded`: see `slurm.shield`.
     """
 
     name: str
@@ -40,13 +41,14 @@ class Command:
     stop_grace_s: float
     ready: Callable[[], Awaitable[None]] | None = None
     folder: Path | None = None
+    shielded: bool = False
 
 
 class Supervised:
     """One supervised child. A death before it was ever ready is an error; any later one is repaired.
 
     With `together` the child is a member of an engine over several ranks: it starts and ends with the others, and "ready"
-    is when the engine serves.
+    is when the engine serves. With `spare` a process that waits takes the place of one that died.
     """
 
     def __init__(
@@ -54,11 +56,13 @@ class Supervised:
         command: Command,
         on_state: Callable[[str, State, int, str], None],
         together: Together | None = None,
+        spare: Spare | None = None,
     ) -> None:
         self.command = command
         self.first_ready = asyncio.Event()
         self._on_state = on_state
         self._together = together
+        self._spare = spare
         self._broken: str | None = None
         self._ending = False
         self._child: Child | None = None
@@ -128,8 +132,9 @@ class Supervised:
         self._ready.clear()
         self._broken = None
         env = {**command.env, **(self._together.environment if self._together else {})}
-        self._child = child = await start(
-            command.name, command.argv, env, command.log_path, self._reported, command.folder
+        child = self._spare.take(command.name, command.log_path, self._reported) if self._spare else None
+        self._child = child = child or await start(
+            command.name, command.argv, env, command.log_path, self._reported, command.folder, command.shielded
         )
         try:
             if self._stopping.is_set():  # the request came while there was no child to tell

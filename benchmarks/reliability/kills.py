@@ -2,7 +2,8 @@
 
 Kills echo workers one after the other, so that each has time to come back, and watches the frontend's own count of workers
 that it would ask; then kills frontends, each once (one that dies again soon is started again later and later), and waits
-until they accept clients. Prints percentiles in seconds.
+until they accept clients: by turns when a spare process waits to take the place, and when there is none, because it was
+killed before. Prints percentiles in seconds.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launch.tiny_model import make_tiny_model
-from tests.deployments import Deployment, deployed
+from tests.deployments import Deployment, deployed, processes_of
 
 WORKERS = 8
-WAIT_S = 60.0
+WAIT_S = 120.0
 POLL_S = 0.005
 
 
@@ -46,10 +47,16 @@ def main() -> int:
             out = [idle_kill(running, f"aggregated-{number % WORKERS}") for number in range(given.kills)]
             if out:
                 show("killed idle worker, out of the routing after", out)
-            show(
-                "killed frontend, answers again after",
-                [frontend_kill(running, 1 + number) for number in range(given.frontend_kills)],
-            )
+            spared: list[float] = []
+            bare: list[float] = []
+            for number in range(given.frontend_kills):
+                waiting = spare(running, 1 + number)
+                if number % 2:
+                    os.kill(waiting, signal.SIGKILL)
+                (bare if number % 2 else spared).append(frontend_kill(running, 1 + number))
+            show("killed frontend, answers again after, with a spare", spared)
+            if bare:
+                show("killed frontend, answers again after, without one", bare)
     return 0
 
 
@@ -76,6 +83,15 @@ def frontend_kill(running: Deployment, index: int) -> float:
     back_s = time.monotonic() - killed
     wait(lambda: running.pids()[f"frontend-{index}"] not in (0, pid))
     return back_s
+
+
+def spare(running: Deployment, number: int) -> int:
+    """The process that waits to become a frontend, once it is the `number`th that does and has imported everything."""
+    log = running.run.log_of(1, "spare")
+    wait(lambda: log.exists() and log.read_text().count("waiting") == number)
+    found = {pid for pid, line in processes_of(running.run).items() if "-m workers.frontend" in line}
+    (pid,) = found - set(running.pids().values())
+    return pid
 
 
 def usable(running: Deployment) -> int:

@@ -84,13 +84,20 @@ async def test_reports_arrive_in_order(tmp_path: Path) -> None:
     assert seen == [children.Report("loading"), children.Report("ready", "here")]
 
 
-def test_a_child_ends_when_its_agent_is_killed(tmp_path: Path) -> None:
-    """Even by SIGKILL: the kernel tells it."""
+@pytest.mark.parametrize("shielded", [False, True], ids=["", "shielded"])
+def test_a_child_ends_when_its_agent_is_killed(tmp_path: Path, shielded: bool) -> None:
+    """Even by SIGKILL: the kernel tells it, and that is no word of Slurm's."""
+    child_code = "import time; from slurm import shield; shield.hear(); print(1, flush=True); time.sleep(60)"
+    log = tmp_path / "log"
     code = (
         "import asyncio, os, sys, pathlib\n"
         "from slurm import children\n"
         "async def main():\n"
-        f"    child = await children.start('c', [sys.executable, '-c', 'import time; time.sleep(60)'], os.environ, pathlib.Path({str(tmp_path / 'log')!r}))\n"
+        f"    log = pathlib.Path({str(log)!r})\n"
+        f"    argv = [sys.executable, '-c', {child_code!r}]\n"
+        f"    child = await children.start('c', argv, os.environ, log, shielded={shielded})\n"
+        "    while not log.read_text():\n"
+        "        await asyncio.sleep(0.02)\n"
         "    print(child.pid, flush=True)\n"
         "    await asyncio.sleep(60)\n"
         "asyncio.run(main())\n"

@@ -49,6 +49,52 @@ def client(run: RunDirectory) -> OpenAI:
     return OpenAI(base_url=endpoint.url, api_key=run.api_key(), max_retries=0, timeout=60)
 
 
+class Load:
+    """Clients that ask without pause, until one is told that the deployment is stopping, or `end`."""
+
+    def __init__(self, run: RunDirectory, clients: int = 8) -> None:
+        self.answered: list[float] = []
+        """When each answer that came whole was asked for."""
+        self.refused: list[float] = []
+        """When what was refused was asked for."""
+        self.failed: list[str] = []
+        """What clients saw beside these two."""
+        self._run = run
+        self._ending = False
+        self._threads = [threading.Thread(target=self._ask, args=(i / 4,)) for i in range(clients)]
+
+    def start(self) -> None:
+        """Begin, one client after the other: answers of one length that begin together would end together."""
+        for thread in self._threads:
+            thread.start()
+
+    def end(self) -> None:
+        """Ask no more."""
+        self._ending = True
+
+    def join(self) -> None:
+        """Wait until all have their last answers."""
+        for thread in self._threads:
+            thread.join()
+
+    def _ask(self, after_s: float) -> None:
+        time.sleep(after_s)
+        with client(self._run) as asking:
+            while not (self.refused or self._ending):
+                begun = time.time()
+                try:
+                    answer = complete(asking, "until the very end", True)
+                    assert answer.completion_tokens == 40
+                    self.answered.append(begun)
+                except APIStatusError as error:
+                    if error.status_code == 503 and "the deployment is stopping" in error.message:
+                        self.refused.append(begun)
+                    else:
+                        self.failed.append(str(error))
+                except Exception as error:  # noqa: BLE001  # whatever a client sees counts
+                    self.failed.append(repr(error))
+
+
 @contextlib.contextmanager
 def ended_after(run: RunDirectory, cluster: SlurmCluster) -> Iterator[None]:
     """Cancel what is left of the deployment's job, whatever the test did."""
@@ -160,45 +206,72 @@ def test_no_request_fails_when_the_time_limit_comes(tmp_path: Path, tiny_model: 
     )
     process, output = start(tmp_path, *words, name="limited", env=cluster.env)
     run = RunDirectory(tmp_path / "runs" / "limited")
-    answered: list[float] = []
-    refused: list[float] = []
-    failed: list[str] = []
-
-    def ask(after_s: float) -> None:
-        time.sleep(after_s)  # answers of one length that begin together would end together, and nobody ask in between
-        with client(run) as asking:
-            while not refused:
-                begun = time.time()
-                try:
-                    answer = complete(asking, "until the very end", True)
-                    assert answer.completion_tokens == 40
-                    answered.append(begun)
-                except APIStatusError as error:
-                    (refused.append(begun) if error.status_code == 503 else failed.append(str(error)))
-                except Exception as error:  # noqa: BLE001  # whatever a client sees counts
-                    failed.append(repr(error))
+    load = Load(run)
 
     with ended_after(run, cluster):
         until(lambda: state(run) is Phase.READY)
         endpoint = run.endpoint()
         assert endpoint
         end = float(str(endpoint.expires_at))
-        threads = [threading.Thread(target=ask, args=(i / 4,)) for i in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        load.start()
+        load.join()
         until(lambda: cluster.run("squeue", "--noheader") == "", 60)
         over = time.time()
         process.wait(30)
 
-    assert failed == []
-    assert len(answered) > 100
+    assert load.failed == []
+    assert len(load.answered) > 100
     # 10 s to drain and 30 s to leave, as `notice_s` has it; the load notices within an answer's time.
-    assert -3 < min(refused) - (end - 40) < 6
+    assert -3 < min(load.refused) - (end - 40) < 6
     assert over < end
     assert all(record.ended and not record.failure for record in run.ranks(1).values())
     assert process.returncode == 0, output.read_text()
+
+
+# Prompts are computed slowly and one after the other, so that most requests still need a decode worker.
+SLOW_ECHO = ("engine.echo_interval_s=0.02", "engine.echo_cache_blocks=1000", "engine.echo_prefill_tokens_per_s=100")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param((*SHAPE, *SLOW_ECHO), id="echo"),
+        pytest.param(
+            ("+recipe=tiny_disagg", *SHAPE[2:]),
+            id="vllm",
+            marks=[pytest.mark.engine, pytest.mark.nightly, pytest.mark.timeout(400)],
+        ),
+    ],
+)
+def test_no_request_fails_when_the_job_is_cancelled(
+    tmp_path: Path, tiny_model: Path, cluster: SlurmCluster, words: tuple[str, ...]
+) -> None:
+    """`scancel` under constant load, prefill and decode apart: Slurm's SIGTERM reaches every process of the job, twice, and
+    yet workers serve until the frontends have finished. Then all leave before KillWait (10 s here), each rank in order."""
+    process, output = start(tmp_path, *words, f"model.path=tiny:{tiny_model}", name="cancelled", env=cluster.env)
+    run = RunDirectory(tmp_path / "runs" / "cancelled")
+    load = Load(run, clients=6)
+    with ended_after(run, cluster):
+        until(lambda: state(run) is Phase.READY, 200)
+        load.start()
+        until(lambda: len(load.answered) > 12)
+        job = run.job()
+        assert job
+        asked = time.time()
+        cluster.run("scancel", job.id)
+        until(lambda: state(run) is not Phase.READY)
+        load.end()
+        load.join()
+        process.wait(60)
+        left = processes_of(run)
+    ranks = run.ranks(1)
+
+    assert load.failed == []
+    assert any(begun > asked - 5 for begun in load.answered)
+    assert min(load.refused, default=asked) > asked - 0.1
+    assert process.returncode == 0, output.read_text()
+    assert all(record.ended and not record.failure for record in ranks.values())
+    assert left == {}
 
 
 @pytest.mark.nightly

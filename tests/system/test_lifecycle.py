@@ -260,22 +260,6 @@ def test_a_slurm_job_is_left_seen_and_ended(tmp_path: Path, tiny_model: Path, cl
     until(lambda: cluster.run("squeue", "--noheader") == "")
 
 
-@pytest.mark.slurm
-def test_scancel_ends_the_deployment_cleanly(tmp_path: Path, tiny_model: Path, cluster: SlurmCluster) -> None:
-    """The agents take Slurm's SIGTERM as a request to stop, finish and leave before KillWait (10 s here)."""
-    shape = ("cluster=slurm_cpu", "cluster.interface=lo", f"model.path=tiny:{tiny_model}")
-    process, output = start(tmp_path, *ECHO, *shape, name="cancelled", env=cluster.env)
-    until(lambda: "Ctrl-C stops" in output.read_text(), 60)
-    job = json.loads((tmp_path / "runs" / "cancelled" / "job.json").read_text())["id"]
-    cluster.run("scancel", job)
-    process.wait(60)
-    ranks = [json.loads(path.read_text()) for path in (tmp_path / "runs" / "cancelled" / "ranks").glob("*.json")]
-
-    assert process.returncode == 0, output.read_text()
-    assert len(ranks) == 4
-    assert all(rank["ended"] and not rank["failure"] for rank in ranks)
-
-
 def _serves(url: str, key: str) -> bool:
     try:
         return bool(httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}).json()["data"])

@@ -26,6 +26,7 @@ from launch.errors import LaunchError
 from launch.plan import Member, Plan, dp_ranks, plan
 from launch.recipe import Backend, Executor, Kind, Recipe, Role
 from launch.records import Control, RunDirectory
+from slurm import shield
 from slurm.children import report
 from slurm.places import Place, places
 from slurm.together import GENERATION
@@ -60,6 +61,7 @@ LEAVING = "leaving"
 
 def main() -> int:
     """Serve one member until SIGTERM; 0 after a clean end, 1 when the engine died."""
+    shield.hear_with_multiprocessing()
     run, name = RunDirectory(Path(sys.argv[1])), sys.argv[2]
     set_up_logging(name)
     orphans.die_with(os.getpid())

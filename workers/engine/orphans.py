@@ -13,6 +13,8 @@ import signal
 import threading
 import time
 
+from slurm import shield
+
 GUARDED_PID = "BATON_GUARDED_PID"
 
 
@@ -23,10 +25,14 @@ def die_with(pid: int) -> None:
 
 
 def guard() -> None:
-    """End this process when the guarded one ends; does nothing in the guarded one itself, or where there is none."""
+    """End this process when the guarded one ends; does nothing in the guarded one itself, or where there is none.
+
+    An engine's process is shielded as its member is (`slurm.shield`), and this is where each of them can be told.
+    """
     pid = int(os.environ.get(GUARDED_PID, "0"))
     if not pid or pid == os.getpid():
         return
+    shield.hear()
 
     def watch() -> None:
         _wait_for_end(pid)

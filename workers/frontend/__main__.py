@@ -1,4 +1,5 @@
-"""A frontend process: `python -m workers.frontend RUN_DIR NAME`, started by the agent of a rank that may lead.
+"""A frontend process: `python -m workers.frontend RUN_DIR NAME`, started by the agent of a rank that may lead; without NAME, a
+spare one.
 
 It serves wherever it is; what only one process of a deployment may do, it does while its rank leads.
 """
@@ -26,9 +27,11 @@ from launch.plan import FRONTEND_PORT, plan, shared_port
 from launch.recipe import Kind, Recipe, RouterMode
 from launch.records import STOPPING, Control, RunDirectory
 from launch.standby import frontend_place
+from slurm import shield
 from slurm.children import report
 from slurm.limit import told
 from slurm.places import Place, places
+from slurm.spare import wait_for_place
 from workers.engine.options import merged, serving_options
 from workers.frontend import tls
 from workers.frontend.admin import Admin
@@ -76,7 +79,8 @@ LEADS_S = 1.0
 
 def main() -> int:
     """Serve until SIGTERM, then let what runs finish."""
-    run, name = RunDirectory(Path(sys.argv[1])), sys.argv[2]
+    shield.hear()
+    run, name = RunDirectory(Path(sys.argv[1])), sys.argv[2] if len(sys.argv) > 2 else wait_for_place()
     set_up_logging(name)
     recipe, job, control = run.recipe(), run.job(), run.control()
     if job is None or control is None:
