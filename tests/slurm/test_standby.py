@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import pytest
 from openai import OpenAI
 
 from launch.records import Endpoint, Phase, RunDirectory
 from slurm.children import group_members
-from tests.deployments import deployed, processes_of
+from tests.deployments import deployed, processes_of, start
 from tests.reference import complete
+from tests.slurm_cluster import SlurmCluster
 
 NODES = ("+recipe=tiny_2p2d", "engine.backend=echo", "cluster.cpu_engines_per_node=1")
 
@@ -79,4 +83,51 @@ def test_another_rank_leads_when_rank_0_is_gone(tmp_path: Path, tiny_model: Path
     assert {answer.completion_tokens for answer in answers} == {40}
     assert health["status"] == "ready"
     assert endpoint_of(run).state is Phase.STOPPED
+    assert processes_of(run) == {}
+
+
+@pytest.mark.slurm
+@pytest.mark.nightly
+@pytest.mark.timeout(400)
+def test_a_job_outlives_its_batch_host(tmp_path: Path, tiny_model: Path, cluster: SlurmCluster) -> None:
+    """slurmd, stepds and tasks of rank 0's node are gone, the batch script and srun with them: requests are served by
+    another rank, and `launch.stop` ends the job, which Slurm would keep as a ghost.
+    """
+    shape = ("+recipe=tiny_2p2d", "engine.backend=echo", "cluster=slurm_cpu", "cluster.interface=lo")
+    process, output = start(tmp_path, *shape, f"model.path=tiny:{tiny_model}", name="headless", env=cluster.env)
+    run = RunDirectory(tmp_path / "runs" / "headless")
+    stop = [sys.executable, "-m", "launch.stop", "headless", "--runs-dir", str(tmp_path / "runs")]
+    try:
+        until(lambda: (run.endpoint() or None) is not None and endpoint_of(run).state is Phase.READY, 120)
+        until(lambda: standing_by(run))
+        cluster.kill_node("n1")
+        try:
+            moved_s = until(lambda: endpoint_of(run).head != 0)
+            with client(run) as asking:
+                at_once = [complete(asking, f"at once {i}", bool(i % 2)) for i in range(8)]
+            until(lambda: "DOWN" in cluster.node_state("n1"), 90)
+            with client(run) as asking:
+                later = [complete(asking, f"later {i}", bool(i % 2)) for i in range(8)]
+            jobs = cluster.run("squeue", "--noheader", "--format=%T %N").split()
+            ranks = run.ranks(1)
+            done = subprocess.run(
+                stop, check=False, capture_output=True, text=True, timeout=120, env={**os.environ, **cluster.env}
+            )
+            until(lambda: cluster.run("squeue", "--noheader") == "", 60)
+        finally:
+            cluster.start_node("n1")
+    finally:
+        job = run.job()
+        if job and job.id:
+            with contextlib.suppress(RuntimeError):
+                cluster.run("scancel", job.id)
+        process.wait(60)
+
+    print(f"another endpoint after {moved_s:.1f} s")
+    assert {answer.completion_tokens for answer in (*at_once, *later)} == {40}
+    assert jobs == ["RUNNING", "n[2-4]"], output.read_text()
+    assert endpoint_of(run).state is Phase.STOPPED
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(run.ranks(1)[rank].ended for rank in (1, 2, 3))
+    assert not ranks[0].ended
     assert processes_of(run) == {}
