@@ -131,3 +131,29 @@ def test_a_job_outlives_its_batch_host(tmp_path: Path, tiny_model: Path, cluster
     assert all(run.ranks(1)[rank].ended for rank in (1, 2, 3))
     assert not ranks[0].ended
     assert processes_of(run) == {}
+
+
+@pytest.mark.nightly
+def test_a_head_that_was_held_up_does_not_act(tmp_path: Path, tiny_model: Path) -> None:
+    """Its agent is stopped for longer than its lease, another leads, and it goes on: it publishes nothing more, its members
+    serve, and the deployment is whole again.
+    """
+    with deployed(tmp_path, *NODES, f"model.path=tiny:{tiny_model}", name="held") as running:
+        run = running.run
+        until(lambda: standing_by(run))
+        pid = run.ranks(1)[0].pid
+        os.kill(pid, signal.SIGSTOP)
+        until(lambda: endpoint_of(run).head != 0)
+        moved = endpoint_of(run)
+        os.kill(pid, signal.SIGCONT)
+        until(lambda: not endpoint_of(run).lost and endpoint_of(run).state is Phase.READY)
+        seen = {(endpoint_of(run).head, endpoint_of(run).url) for _ in range(20) if not time.sleep(0.1)}
+        with client(run) as asking:
+            answers = [complete(asking, f"after it {i}", bool(i % 2)) for i in range(8)]
+        log = next(run.logs(1).glob("*_0_log.out")).read_text()
+
+    assert seen == {(moved.head, moved.url)}
+    assert "rank 0 no longer leads" in log
+    assert {answer.completion_tokens for answer in answers} == {40}
+    assert all(record.ended and not record.failure for record in run.ranks(1).values())
+    assert processes_of(run) == {}

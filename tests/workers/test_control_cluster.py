@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+from nats.aio.client import Client
 
 from launch.recipe import Kind
 from launch.records import Control, RankRecord, RunDirectory
@@ -39,21 +40,14 @@ CARD = Card(
 @pytest.fixture
 def seed(tmp_path: Path) -> Seed:
     """What rank 0 decides for three ranks, all on this machine."""
-    records = []
-    for rank in range(3):
-        with ports.claim("test-control-cluster", rank + 3 * os.getpid()) as block:
-            records.append(
-                RankRecord(
-                    attempt=1,
-                    rank=rank,
-                    host="h",
-                    address="127.0.0.1",
-                    port_base=block.base,
-                    pid=0,
-                    born=0,
-                    heartbeat=0,
-                )
-            )
+    with contextlib.ExitStack() as held:  # all at once: one after another may be the same block
+        blocks = [held.enter_context(ports.claim("test-control-cluster", 3 * os.getpid() + rank)) for rank in range(3)]
+    records = [
+        RankRecord(
+            attempt=1, rank=rank, host="h", address="127.0.0.1", port_base=block.base, pid=0, born=0, heartbeat=0
+        )
+        for rank, block in enumerate(blocks)
+    ]
     (tmp_path / "control").mkdir()
     return control.sow(RunDirectory(tmp_path), records)
 
@@ -161,12 +155,10 @@ async def test_events_outlive_a_server_of_nats(seed: Seed, tmp_path: Path) -> No
         publisher = group.create_task(publish_load(nats_at(seed.control, 1), "d", lambda: event))
         follower = group.create_task(follow_load(at_first, "d", "f", heard.append))
         await until(lambda: len(heard) > 1)
-        port = client.connected_url.port
+        port = port_of(client)
         found[0].kill()
         before = len(heard)
-        back_s = await until(
-            lambda: client.is_connected and client.connected_url.port != port and len(heard) > before + 1
-        )
+        back_s = await until(lambda: client.is_connected and port_of(client) != port and len(heard) > before + 1)
         await client.close()
         publisher.cancel()
         follower.cancel()
@@ -192,6 +184,11 @@ async def test_a_server_of_nats_takes_routes_from_the_others_alone(seed: Seed, t
 
     assert b'"auth_required":true' in answer
     assert b"-ERR 'Authorization Violation'" in answer
+
+
+def port_of(client: Client) -> int | None:
+    """Where a client is connected."""
+    return client.connected_url.port if client.connected_url else None
 
 
 def nats_at(found: Control, first: int) -> Control:
