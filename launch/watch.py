@@ -69,8 +69,10 @@ class View:
 
     @property
     def ended(self) -> bool:
-        """Whether every rank has said that it ended."""
-        return len(self.ranks) == self.expected and all(record.ended for record in self.ranks.values())
+        """Whether every rank has said that it ended, those left out that were lost."""
+        lost = self.endpoint.lost if self.endpoint else []
+        left = [record for rank, record in self.ranks.items() if not (record.ended or rank in lost)]
+        return len(self.ranks) == self.expected and not left
 
 
 def look(run: RunDirectory) -> View:

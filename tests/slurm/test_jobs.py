@@ -276,25 +276,34 @@ def test_no_request_fails_when_the_job_is_cancelled(
 
 @pytest.mark.nightly
 @pytest.mark.timeout(400)
-def test_a_dead_node_takes_only_its_own_members(tmp_path: Path, tiny_model: Path, cluster: SlurmCluster) -> None:
-    """slurmd, its stepds and all tasks of a node are gone: the job lives, and the other members serve on."""
+@pytest.mark.parametrize("rank", [pytest.param(2, id="of-the-control-plane"), pytest.param(3, id="of-engines-only")])
+def test_a_dead_node_takes_only_its_own_members(
+    tmp_path: Path, tiny_model: Path, cluster: SlurmCluster, rank: int
+) -> None:
+    """slurmd, its stepds and all tasks of a node are gone: the job lives, the other members serve on, and the lost rank is
+    named.
+    """
+    node = f"n{rank + 1}"
     process, output = start(tmp_path, *SHAPE, f"model.path=tiny:{tiny_model}", name="bereft", env=cluster.env)
     run = RunDirectory(tmp_path / "runs" / "bereft")
     with ended_after(run, cluster):
         until(lambda: state(run) is Phase.READY)
-        cluster.kill_node("n4")
+        cluster.kill_node(node)
         try:
-            until(lambda: "DOWN" in cluster.node_state("n4"), 90)
+            until(lambda: "DOWN" in cluster.node_state(node), 90)
             with client(run) as asking:
                 answers = [complete(asking, f"after it {i}", bool(i % 2)) for i in range(20)]
             jobs = cluster.run("squeue", "--noheader", "--format=%T %N").split()
+            endpoint = run.endpoint()
         finally:
-            cluster.start_node("n4")
+            cluster.start_node(node)
         process.send_signal(signal.SIGINT)
         process.wait(120)
 
     assert {answer.completion_tokens for answer in answers} == {40}
-    assert jobs == ["RUNNING", "n[1-3]"], output.read_text()
+    assert jobs == ["RUNNING", "n[1-2,4]" if rank == 2 else "n[1-3]"], output.read_text()
+    assert endpoint
+    assert (endpoint.state, endpoint.head, endpoint.lost) == (Phase.DEGRADED, 0, [rank])
 
 
 def test_a_signal_before_the_agent_listens_is_kept() -> None:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import pytest
 from openai import OpenAI
 
+from launch import watch
 from launch.records import Endpoint, Phase, RunDirectory
 from slurm.children import group_members
-from tests.deployments import deployed, processes_of
+from tests.deployments import deployed, processes_of, start
 from tests.reference import complete
+from tests.slurm_cluster import SlurmCluster
 
 NODES = ("+recipe=tiny_2p2d", "engine.backend=echo", "cluster.cpu_engines_per_node=1")
 
@@ -50,6 +57,17 @@ def kill_node(run: RunDirectory, rank: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def batch_of(asking: OpenAI, model: str) -> tuple[str, int]:
+    """How a batch of one request ends: only one frontend works on batches, that of the head."""
+    body = {"model": model, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    file = asking.files.create(file=("a.jsonl", json.dumps(line).encode()), purpose="batch")
+    batch = asking.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+    until(lambda: asking.batches.retrieve(batch.id).status in ("completed", "failed"))
+    done = asking.batches.retrieve(batch.id)
+    return done.status, done.request_counts.completed if done.request_counts else 0
+
+
 def standing_by(run: RunDirectory) -> bool:
     """Whether the frontends of ranks 1 and 2 serve as well."""
     ranks = run.ranks(1)
@@ -68,8 +86,10 @@ def test_another_rank_leads_when_rank_0_is_gone(tmp_path: Path, tiny_model: Path
         moved_s = until(lambda: endpoint_of(run).head != 0)
         with client(run) as asking:
             answers = [complete(asking, f"after it {i}", bool(i % 2)) for i in range(8)]
+            batched = batch_of(asking, running.endpoint.models[0])
         after = endpoint_of(run)
         until(lambda: endpoint_of(run).lost == [0])
+        notes = watch.node_notes(run, watch.look(run))
         health = httpx.get(after.url.removesuffix("/v1") + "/health").json()
 
     print(f"another endpoint after {moved_s:.1f} s")
@@ -77,6 +97,112 @@ def test_another_rank_leads_when_rank_0_is_gone(tmp_path: Path, tiny_model: Path
     assert after.state is Phase.DEGRADED
     assert after.term > before.term
     assert {answer.completion_tokens for answer in answers} == {40}
+    assert batched == ("completed", 1)
     assert health["status"] == "ready"
+    assert notes == [f"lost: rank 0 on {socket.gethostname()}", f"rank {after.head} leads, since rank 0 was lost"]
     assert endpoint_of(run).state is Phase.STOPPED
+    assert processes_of(run) == {}
+
+
+@pytest.mark.slurm
+@pytest.mark.nightly
+@pytest.mark.timeout(400)
+def test_a_job_outlives_its_batch_host(tmp_path: Path, tiny_model: Path, cluster: SlurmCluster) -> None:
+    """slurmd, stepds and tasks of rank 0's node are gone, the batch script and srun with them: requests are served by
+    another rank, and `launch.stop` ends the job, which Slurm would keep as a ghost.
+    """
+    shape = ("+recipe=tiny_2p2d", "engine.backend=echo", "cluster=slurm_cpu", "cluster.interface=lo")
+    process, output = start(tmp_path, *shape, f"model.path=tiny:{tiny_model}", name="headless", env=cluster.env)
+    run = RunDirectory(tmp_path / "runs" / "headless")
+    stop = [sys.executable, "-m", "launch.stop", "headless", "--runs-dir", str(tmp_path / "runs")]
+    try:
+        until(lambda: (run.endpoint() or None) is not None and endpoint_of(run).state is Phase.READY, 120)
+        until(lambda: standing_by(run))
+        cluster.kill_node("n1")
+        try:
+            moved_s = until(lambda: endpoint_of(run).head != 0)
+            with client(run) as asking:
+                at_once = [complete(asking, f"at once {i}", bool(i % 2)) for i in range(8)]
+            until(lambda: "DOWN" in cluster.node_state("n1"), 90)
+            with client(run) as asking:
+                later = [complete(asking, f"later {i}", bool(i % 2)) for i in range(8)]
+            jobs = cluster.run("squeue", "--noheader", "--format=%T %N").split()
+            ranks = run.ranks(1)
+            done = subprocess.run(
+                stop, check=False, capture_output=True, text=True, timeout=120, env={**os.environ, **cluster.env}
+            )
+            until(lambda: cluster.run("squeue", "--noheader") == "", 60)
+        finally:
+            cluster.start_node("n1")
+    finally:
+        job = run.job()
+        if job and job.id:
+            with contextlib.suppress(RuntimeError):
+                cluster.run("scancel", job.id)
+        code = process.wait(60)
+
+    print(f"another endpoint after {moved_s:.1f} s")
+    assert {answer.completion_tokens for answer in (*at_once, *later)} == {40}
+    assert jobs == ["RUNNING", "n[2-4]"], output.read_text()
+    assert endpoint_of(run).state is Phase.STOPPED
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert code == 0, output.read_text()
+    assert all(run.ranks(1)[rank].ended for rank in (1, 2, 3))
+    assert not ranks[0].ended
+    assert processes_of(run) == {}
+
+
+@pytest.mark.nightly
+def test_a_head_that_was_held_up_does_not_act(tmp_path: Path, tiny_model: Path) -> None:
+    """Its agent is stopped for longer than its lease, another leads, and it goes on: it publishes nothing more, its members
+    serve, and the deployment is whole again.
+    """
+    with deployed(tmp_path, *NODES, f"model.path=tiny:{tiny_model}", name="held") as running:
+        run = running.run
+        until(lambda: standing_by(run))
+        pid = run.ranks(1)[0].pid
+        os.kill(pid, signal.SIGSTOP)
+        until(lambda: endpoint_of(run).head != 0)
+        moved = endpoint_of(run)
+        os.kill(pid, signal.SIGCONT)
+        until(lambda: not endpoint_of(run).lost and endpoint_of(run).state is Phase.READY)
+        seen = {(endpoint_of(run).head, endpoint_of(run).url) for _ in range(20) if not time.sleep(0.1)}
+        with client(run) as asking:
+            answers = [complete(asking, f"after it {i}", bool(i % 2)) for i in range(8)]
+        log = next(run.logs(1).glob("*_0_log.out")).read_text()
+
+    assert seen == {(moved.head, moved.url)}
+    assert "rank 0 no longer leads" in log
+    assert {answer.completion_tokens for answer in answers} == {40}
+    assert all(record.ended and not record.failure for record in run.ranks(1).values())
+    assert processes_of(run) == {}
+
+
+@pytest.mark.slurm
+@pytest.mark.nightly
+@pytest.mark.timeout(400)
+def test_without_a_standby_a_job_ends_with_its_batch_host(
+    tmp_path: Path, tiny_model: Path, cluster: SlurmCluster
+) -> None:
+    """Two nodes cannot cover each other, as the launch says: the other rank waits a minute, ends, and takes the job along."""
+    shape = ("+recipe=tiny_disagg", "engine.backend=echo", "cluster=slurm_cpu", "cluster.interface=lo")
+    process, output = start(tmp_path, *shape, f"model.path=tiny:{tiny_model}", name="pair", env=cluster.env)
+    run = RunDirectory(tmp_path / "runs" / "pair")
+    try:
+        until(lambda: run.endpoint() is not None and endpoint_of(run).state is Phase.READY, 120)
+        cluster.kill_node("n1")
+        try:
+            until(lambda: run.ranks(1)[1].ended, 100)
+            until(lambda: cluster.run("squeue", "--noheader") == "", 60)
+        finally:
+            cluster.start_node("n1")
+    finally:
+        job = run.job()
+        if job and job.id:
+            with contextlib.suppress(RuntimeError):
+                cluster.run("scancel", job.id)
+        process.wait(60)
+
+    assert "rank 0's node is not covered" in output.read_text()
+    assert "rank 0, the head, was not heard for 60 s" in str(run.ranks(1)[1].failure)
     assert processes_of(run) == {}

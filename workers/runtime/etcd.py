@@ -14,6 +14,7 @@ import json
 import random
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -27,6 +28,9 @@ from launch.records import Control
 CALL_TIMEOUT_S = 3.0
 # Where others can be asked: a lease of 5 s has to outlive a call to a node that is gone, and the call to the next.
 NEXT_AFTER_S = 1.5
+# With its leader gone, a cluster answers nobody until it has elected another, which takes one to two seconds.
+ELECTION_S = 3.0
+PAUSE_S = 0.05
 # A node that is gone says nothing: the kernel ends connections to it after this many seconds of silence, watches too.
 SILENT_S = 4
 FAREWELL_S = 0.1
@@ -184,17 +188,18 @@ class Etcd:
             self._token = (await self._post("auth/authenticate", body))["token"]
 
     async def _call(self, path: str, body: dict[str, Any], authenticated: bool = True) -> dict[str, Any]:
-        """Ask one server, and the others when it does not answer: all that we ask may be asked twice."""
-        for others in reversed(range(len(self._urls))):
+        """Ask one server, and of several the others when it does not answer: all that we ask may be asked twice."""
+        until = time.monotonic() + (ELECTION_S if len(self._urls) > 1 else 0)
+        while True:
             try:
                 return await self._call_one(path, body, authenticated)
             except EtcdConnectionError:
                 # An etcd that came back with empty data does not refuse a token from before: it waits until its log is as
                 # long as that token's, which may be never (etcd 3.5). So a token does not outlive its connection.
                 self._token = ""
-                if not others:
+                if time.monotonic() > until:
                     raise
-        raise AssertionError("there is at least one server")
+            await asyncio.sleep(PAUSE_S)
 
     async def _call_one(self, path: str, body: dict[str, Any], authenticated: bool) -> dict[str, Any]:
         if authenticated:
@@ -258,7 +263,7 @@ def _tls(control: Control) -> ssl.SSLContext:
 
 
 class EtcdConnectionError(EtcdError):
-    """etcd did not answer, or not in time."""
+    """etcd did not answer, not in time, or not for itself: it knows no leader."""
 
 
 class EtcdTokenError(EtcdError):
@@ -274,6 +279,9 @@ ERRORS: dict[str, type[EtcdError]] = {
     "user name is empty": EtcdTokenError,
     "already exists": EtcdExistsError,
     "lease not found": LeaseLostError,
+    "leader changed": EtcdConnectionError,
+    "no leader": EtcdConnectionError,
+    "request timed out": EtcdConnectionError,
 }
 
 
