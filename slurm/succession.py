@@ -39,8 +39,12 @@ POLL_S = 0.5
 AGAIN_S = 60.0
 SUBMIT_S = 150.0
 ASK_S = 10.0
-# What a job sets for its own processes: one submitted from inside would take it for its own.
-OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_", "PMI_", "PMIX_", "BATON_")
+# What a job sets for its own processes: one submitted from inside would take it for its own. SBATCH_ACCOUNT and the like are
+# the user's, and stay.
+OF_A_JOB = (
+    *("SLURM_", "SLURMD_", "SRUN_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND", "SUBMITIT_", "PMI_", "PMIX_"),
+    *("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"),
+)
 KEPT = ("SLURM_CONF", "SLURM_JWT")
 
 
