@@ -198,7 +198,7 @@ def test_links_share_the_keys_of_their_chain(tmp_path: Path) -> None:
     """One key opens every link, and one that is replaced in one of them is replaced in all."""
     chain = Chain(tmp_path / "runs" / "row")
     length = {"links": 2, "until": None}
-    chain.begin(ChainRecord(**length, launcher=Launcher.LOCAL, words=(), first=1, begun_at=0.0))  # type: ignore[arg-type]
+    chain.begin(ChainRecord(**length, launcher=Launcher.LOCAL, words=(), first=1, begun_at=0.0))
     recipe = read(["+recipe=tiny_agg"]).recipe
     for number in (1, 2):
         run = chain.make_link(number)
