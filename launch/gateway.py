@@ -149,7 +149,7 @@ class Gateway:
                     why = refused
             except aiohttp.ClientConnectorError as error:
                 why = f"{where.origin} does not answer ({error.os_error or error})"
-            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
+            except aiohttp.ClientError as error:
                 cuts += 1
                 why = f"{where.origin} ended the connection without an answer ({error})"
             if rest is not None or cuts >= MOST_CUTS or time.monotonic() > deadline:
@@ -230,11 +230,9 @@ def unavailable(reason: str) -> web.Response:
     return web.Response(status=503, body=body, content_type="application/json", headers={"Retry-After": "5"})
 
 
-async def serve(path: Path, secure: ssl.SSLContext | None, host: str, port: int, wait_s: float) -> None:
-    """Serve until SIGTERM or SIGINT; what streams is given `SETTLE_S` then."""
-    stop = asyncio.Event()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+@contextlib.asynccontextmanager
+async def opened(path: Path, secure: ssl.SSLContext | None, host: str, port: int, wait_s: float) -> AsyncIterator[str]:
+    """A gateway that serves within the block; yields its URL. What streams at the end is given `SETTLE_S`."""
     follower = Follower(path)
     await follower.look()
     # No limit of connections, nor of time: an answer takes as long as it takes, and the endpoint bounds both.
@@ -258,14 +256,21 @@ async def serve(path: Path, secure: ssl.SSLContext | None, host: str, port: int,
         runner = web.ServerRunner(server, shutdown_timeout=SETTLE_S)
         await runner.setup()
         try:
-            site = web.TCPSite(runner, host, port, backlog=1024)
-            await site.start()
-            bound = site.port if port else runner.addresses[0][1]
-            print(f"http://{host}:{bound}/v1", flush=True)
-            await stop.wait()
+            await web.TCPSite(runner, host, port, backlog=1024).start()
+            yield f"http://{host}:{runner.addresses[0][1]}/v1"
         finally:
             following.cancel()
             await runner.cleanup()
+
+
+async def serve(path: Path, secure: ssl.SSLContext | None, host: str, port: int, wait_s: float) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+    async with opened(path, secure, host, port, wait_s) as url:
+        print(url, flush=True)
+        await stop.wait()
 
 
 def main() -> int:

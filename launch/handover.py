@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -18,17 +19,20 @@ from launch.chain import Chain, ChainRecord, Trouble, minutes
 from launch.errors import DeploymentError, LaunchError, NotFoundError, SubmitError
 from launch.plan import plan
 from launch.recipe import Launcher, Recipe
-from launch.records import RunDirectory, every
+from launch.records import CHAIN_FILE, RunDirectory, every
 from launch.submission import submit
 from slurm import batch, executors, hosts
 from slurm.executors import Submitted
+
+# Links that may end one after the other before they served; then the reason is in all of them.
+MOST_FAILED = 3
 
 
 def main() -> int:
     """Submit it; 0 when it was submitted, or had been, and 1 with the reason when not."""
     parser = argparse.ArgumentParser(prog="python -m launch.handover", description="Start the next link of a chain.")
     parser.add_argument("name")
-    parser.add_argument("--after", type=int, help="only if this is the newest link")
+    parser.add_argument("--after", type=int, help="only if no link after this one waits or runs")
     parser.add_argument(
         "--begin-at", type=float, help="when its job may begin, in seconds since the epoch; default now"
     )
@@ -40,12 +44,19 @@ def main() -> int:
         record = chain.record()
         if record is None:
             raise NotFoundError(arguments.name, f"{runs_dir} that is a chain", (path.name for path in every(runs_dir)))
-        newest = max(chain.numbers(), default=0)
-        if arguments.after is not None and newest != arguments.after:
-            print(f"link {newest} of {chain.name} was submitted already")
-            return 0
         if chain.stop_file.exists():
             raise DeploymentError(f"{chain.name} is stopping: launch it again")
+        newest = max(chain.numbers(), default=0)
+        after = newest if arguments.after is None else arguments.after
+        waiting = [run for run, _ in alive(chain) if int(run.path.name) > after]
+        if waiting:
+            sooner = arguments.begin_at is None and hurry(waiting[-1])
+            print(f"{waiting[-1].name} was submitted already{' and may begin now' if sooner else ''}")
+            return 0
+        if newest - after >= MOST_FAILED:
+            raise DeploymentError(
+                f"{newest - after} links after link {after} have ended before they served: see their logs"
+            )
         run, job = next_link(chain, record, newest, arguments.begin_at)
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -61,7 +72,11 @@ def first_link(chain: Chain, record: ChainRecord, recipe: Recipe) -> tuple[RunDi
         SubmitError: It was refused; the chain is as if never asked for.
     """
     chain.begin(record)
-    return submit_link(chain, record, record.first, _trimmed(recipe, record, time.time()), None)
+    try:
+        return submit_link(chain, record, record.first, _trimmed(recipe, record, time.time()), None)
+    except SubmitError:
+        (chain.path / CHAIN_FILE).unlink()
+        raise
 
 
 def next_link(chain: Chain, record: ChainRecord, newest: int, begin_at: float | None) -> tuple[RunDirectory, Submitted]:
@@ -102,6 +117,24 @@ def _trimmed(recipe: Recipe, record: ChainRecord, begins: float) -> Recipe:
         return recipe
     limit_min = minutes(recipe.slurm.time_min, batch.shortest_min(recipe), record.length, begins)
     return dataclasses.replace(recipe, slurm=dataclasses.replace(recipe.slurm, time_min=limit_min))
+
+
+def hurry(run: RunDirectory) -> bool:
+    """Let a link's job begin at once that was to begin later; returns whether there was anything to change.
+
+    Raises:
+        SubmitError: Slurm refused.
+    """
+    job = run.job()
+    if job is None or job.launcher is not Launcher.SLURM or (job.begin_at or 0.0) <= time.time():
+        return False
+    argv = ["scontrol", "update", f"JobId={job.id}", "StartTime=now"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        raise SubmitError(f"job {job.id} of {run.name} could not be told to begin now: {done.stderr.strip()}")
+    job.begin_at = time.time()
+    run.put_job(job)
+    return True
 
 
 def stop_chain(chain: Chain, timeout_s: float, links: Sequence[RunDirectory]) -> None:

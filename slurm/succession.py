@@ -37,10 +37,15 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.5
 AGAIN_S = 60.0
+LATE_S = 60.0
 SUBMIT_S = 150.0
 ASK_S = 10.0
-# What a job sets for its own processes: one submitted from inside would take it for its own.
-OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_", "PMI_", "PMIX_", "BATON_")
+# What a job sets for its own processes: one submitted from inside would take it for its own. SBATCH_ACCOUNT and the like are
+# the user's, and stay.
+OF_A_JOB = (
+    *("SLURM_", "SLURMD_", "SRUN_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND", "SUBMITIT_", "PMI_", "PMIX_"),
+    *("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"),
+)
 KEPT = ("SLURM_CONF", "SLURM_JWT")
 
 
@@ -161,8 +166,14 @@ class Succession:
     def _wants_next(self, chain: Chain, record: ChainRecord, number: int, endpoint: Endpoint | None) -> bool:
         if self._submission and not self._submission.done():
             return False
-        if chain.stop_file.exists() or max(chain.numbers(), default=0) != number:
+        if chain.stop_file.exists() or self._replaced_at is not None:
             return False
+        newest = max(chain.numbers(), default=0)
+        if newest > number and self._ending is None:
+            # It should be there by now: if it ended before it served, another has to come.
+            job = chain.link(newest).job()
+            if job is None or time.time() < max(job.submitted_at, job.begin_at or 0.0) + LATE_S:
+                return False
         ready = self._life.ready_at is not None
         if self._ending is not None:
             if not goes_on_after(self._ending, ready):
@@ -240,7 +251,10 @@ class Succession:
 
 
 def command(chain: Chain, after: int, begin_at: float | None) -> list[str]:
-    """The command line that submits the next link, if link `after` is the newest; at once for a `begin_at` of None."""
+    """The command line that submits the next link, unless one after link `after` waits or runs.
+
+    At once for a `begin_at` of None; one that waits for its time then begins at once as well.
+    """
     argv = [sys.executable, "-m", "launch.handover", chain.name, "--runs-dir", str(chain.path.parent)]
     argv += [f"--after={after}"]
     return argv if begin_at is None else [*argv, f"--begin-at={begin_at:.3f}"]

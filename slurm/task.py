@@ -60,6 +60,11 @@ def _await_own(directory: RunDirectory, attempt: int, environ: Mapping[str, str]
     own = environ.get("SLURM_JOB_ID", "")
     if "SLURM_HET_SIZE" in environ:
         raise LaunchError(f"job {own} is heterogeneous: the agents run as one step on one kind of node")
+    if environ.get("SLURM_RESTART_COUNT", "0") != "0":
+        raise LaunchError(
+            f"job {own} was requeued, and {directory.name} has the records of its earlier life: launch again (a chain goes on by "
+            "itself after a preemption, without requeueing)"
+        )
     deadline = time.monotonic() + timeout_s
     while True:
         job = directory.job()

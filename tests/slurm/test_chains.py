@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from launch.chain import Chain
 from launch.records import Phase, RunDirectory
 from tests.deployments import command, processes_of
 from tests.reference import complete
-from tests.slurm_cluster import SlurmCluster
+from tests.slurm_cluster import SlurmCluster, slurm_cluster
 
 pytestmark = pytest.mark.slurm
 
@@ -76,9 +77,9 @@ class Operator:
         return self.cluster.run("squeue", "--noheader", "--sort=i", f"--format={form}").splitlines()
 
     @contextlib.contextmanager
-    def gateway(self, name: str) -> Iterator[str]:
+    def gateway(self, *words: str) -> Iterator[str]:
         """A gateway; yields its URL."""
-        argv = [sys.executable, "-m", "launch.gateway", name, "--runs-dir", str(self.folder / "runs")]
+        argv = [sys.executable, "-m", "launch.gateway", *words, "--runs-dir", str(self.folder / "runs")]
         with (self.folder / "gateway.log").open("w") as log:
             process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=log, text=True, env=self.env)
         assert process.stdout
@@ -134,12 +135,14 @@ class Load:
                     self.failed.append(repr(error))
 
 
-def long_answer(url: str, key: str) -> list[str]:
-    """A stream of 160 tokens; returns its events."""
+def long_answer(url: str, key: str, events: list[str]) -> None:
+    """A stream of 160 tokens; keeps its events as they come."""
     body = {"model": "tiny", "prompt": "long", "max_tokens": 160, "stream": True, "ignore_eos": True}
     headers = {"Authorization": f"Bearer {key}"}
     with httpx.stream("POST", f"{url}/completions", json=body, headers=headers, timeout=60) as answer:
-        return [line for line in answer.iter_lines() if line]
+        for line in answer.iter_lines():
+            if line:
+                events.append(line)
 
 
 def test_no_request_fails_when_the_next_job_takes_over(tmp_path: Path, tiny_model: Path, operator: Operator) -> None:
@@ -160,7 +163,7 @@ def test_no_request_fails_when_the_next_job_takes_over(tmp_path: Path, tiny_mode
         taken = operator.launch(*words, *more, name="row")
         until(lambda: (chain.endpoint() or old).url != old.url)
         answered_before = load.answered
-        streaming = threading.Thread(target=lambda: events.extend(long_answer(old.url, key)))
+        streaming = threading.Thread(target=long_answer, args=(old.url, key, events))
         streaming.start()
         both = operator.told("status", "row")["chain"]["links"]
         until(lambda: first.moved() is not None)
@@ -196,3 +199,132 @@ def test_no_request_fails_when_the_next_job_takes_over(tmp_path: Path, tiny_mode
         assert all(record.ended and not record.failure for record in run.ranks(1).values())
         assert run.api_key() == key
     assert not processes_of(RunDirectory(chain.path))
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("partition", ["spare", "spare_requeue"])
+def test_a_preempted_link_is_followed_by_the_next_as_soon_as_there_are_nodes(
+    tmp_path: Path, tiny_model: Path, operator: Operator, partition: str
+) -> None:
+    """Whether the partition cancels or requeues: the link finishes what it has within the grace, the next one, which was to
+    begin much later, waits for nodes from that moment on, and requests that wait at the gateway are answered by it."""
+    words = (*ONE_NODE, f"model.path=tiny:{tiny_model}", "chain=3", "slurm.time_min=30", "engine.drain_s=9")
+    more = (f"slurm.partition={partition}", "engine.echo_interval_s=0.05")
+    chain = Chain(tmp_path / "runs" / "pushed")
+    first, second = chain.link(1), chain.link(2)
+    assert operator.launch(*words, *more, name="pushed").returncode == 0
+    until(lambda: state(first) is Phase.READY)
+    until(lambda: len(operator.queue()) == 2)
+    waits = operator.queue("%i %T %r")
+    key, events = RunDirectory(chain.path).api_key(), list[str]()
+    old = first.endpoint()
+    assert old
+    streaming = threading.Thread(target=long_answer, args=(old.url, key, events))
+    streaming.start()
+    until(lambda: events)
+    urgent = operator.cluster.run(
+        "sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--wrap=sleep 5", "--output=/dev/null"
+    ).strip()
+    with operator.gateway("pushed", "--wait=90") as url, OpenAI(base_url=url, api_key=key, max_retries=0) as client:
+        until(lambda: state(first) is Phase.DRAINING)
+        answer = complete(client, "in the gap", True)
+        streaming.join()
+    history = operator.told("history", "pushed")
+
+    assert re.fullmatch(r"\d+ PENDING BeginTime", waits[1])
+    assert len(events) == 161
+    assert answer.completion_tokens == 40
+    assert [(item["link"], item["how"]) for item in history][:2] == [(1, "preempted"), (2, "running")]
+    assert urgent not in [line.split()[0] for line in operator.queue()]
+    assert all(record.ended and not record.failure for record in first.ranks(1).values())
+    assert state(second) is Phase.READY
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(300)
+def test_a_requeued_job_does_not_take_its_earlier_life_for_the_present(
+    tmp_path: Path, tiny_model: Path, operator: Operator
+) -> None:
+    """Slurm refuses to requeue our jobs; one whose script was changed to allow it says why it will not serve."""
+    words = (*ONE_NODE, f"model.path=tiny:{tiny_model}", "slurm.time_min=5", "engine.drain_s=5")
+    shown = operator.launch(*words, "dry_run=true", name="again").stdout
+    text = shown.partition("# batch script\n")[2].partition("\n# frontend-0")[0]
+    script = tmp_path / "job.sh"
+    run = RunDirectory(tmp_path / "runs" / "again")
+    operator.launch(*words, name="ours")
+    ours = (RunDirectory(tmp_path / "runs" / "ours").job() or pytest.fail("not submitted")).id
+    script.write_text(text.replace("--no-requeue", "--requeue"))
+    theirs = operator.cluster.run("sbatch", "--parsable", str(script)).strip()
+    until(lambda: run.path.exists() and state(run) is Phase.READY)
+    with pytest.raises(RuntimeError) as refused:
+        operator.cluster.run("scontrol", "requeue", ours)
+    operator.cluster.run("scontrol", "requeue", theirs)
+    log = run.logs(1) / f"{theirs}_0_log.out"
+    until(lambda: "was requeued" in log.read_text(), 150)  # Slurm lets a requeued job wait for two minutes
+    until(lambda: not any(line.startswith(f"{theirs} ") for line in operator.queue()))
+
+    assert "disabled" in str(refused.value)
+    assert f"error: job {theirs} was requeued, and again has the records of its earlier life" in log.read_text()
+    assert state(run) is Phase.STOPPED
+    assert state(RunDirectory(tmp_path / "runs" / "ours")) is Phase.READY
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(300)
+def test_a_full_queue_is_said_in_time(tmp_path: Path, tiny_model: Path) -> None:
+    """sbatch goes on asking for two minutes without a word; and nothing is left that could take the name."""
+    with slurm_cluster(tmp_path / "slurm", nodes=1, max_jobs=1) as full:
+        someone = Operator(tmp_path, full)
+        full.run("sbatch", "--hold", "--wrap=true", "--output=/dev/null")
+        begun = time.monotonic()
+        done = someone.launch(*ONE_NODE, f"model.path=tiny:{tiny_model}", "chain=2", name="late")
+        took_s = time.monotonic() - begun
+        status = someone.do("status", "late")
+
+    assert done.returncode == 1
+    assert "Slurm's queue is full" in done.stderr
+    assert "squeue --me" in done.stderr
+    assert took_s < 70
+    assert "no deployment named 'late'" in status.stderr
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(300)
+def test_what_waits_says_why_and_a_chain_that_is_stopped_takes_its_next_link_along(
+    tmp_path: Path, tiny_model: Path, operator: Operator
+) -> None:
+    """A deployment that waits behind another shows Slurm's reason and estimate; side by side they do not meet; the name of a
+    stopped chain is free again, its links count on."""
+    chain = Chain(tmp_path / "runs" / "one")
+    words = (*ONE_NODE, f"model.path=tiny:{tiny_model}", "engine.drain_s=5")
+    assert operator.launch(*words, "chain=2", "slurm.time_min=10", name="one").returncode == 0
+    assert operator.launch(*words, "slurm.exclusive=true", name="two").returncode == 0
+    two = RunDirectory(tmp_path / "runs" / "two")
+    until(lambda: state(chain.link(1)) is Phase.READY and state(two) is Phase.READY)
+    until(lambda: chain.link(2).job() is not None)
+    busy = operator.cluster.run(
+        "sbatch", "--parsable", "--nodes=2", "--exclusive", "--wrap=sleep 60", "--time=2"
+    ).strip()
+    assert operator.launch(*words, "slurm.exclusive=true", name="three").returncode == 0
+    until(lambda: "expected to start" in operator.do("status", "three").stdout, 90)
+    waits = operator.do("status", "three").stdout
+    listed = {item["name"]: item["state"] for item in operator.told("list")}
+    endpoints = {run.endpoint().url for run in (chain.link(1), two)}  # type: ignore[union-attr]
+    with contextlib.suppress(RuntimeError):
+        operator.cluster.run("scancel", busy)
+    stopped = operator.do("stop", "one")
+    queued = [line.split()[0] for line in operator.queue()]
+    gone = [(job := chain.link(number).job()) and job.id for number in (1, 2)]
+    operator.do("stop", "three")
+    ended = [(item["link"], item["how"]) for item in operator.told("history", "one")]
+    again = operator.launch(*words, "chain=until:2099-01-01", name="one")
+
+    assert "Slurm job" in waits
+    assert "Resources" in waits or "Priority" in waits
+    assert listed == {"one": "ready", "two": "ready", "three": "pending"}
+    assert len(endpoints) == 2
+    assert stopped.stdout == "one stopped\n", stopped.stderr
+    assert not set(gone) & set(queued)
+    assert ended == [(1, "stopped"), (2, "never began")]
+    assert "one/links/3 submitted" in again.stdout, again.stderr
