@@ -146,7 +146,7 @@ async def test_an_answer_streams_and_counts(plane: Plane) -> None:
 
 
 async def test_steps_that_come_fast_share_frames(plane: Plane) -> None:
-    """No token is lost or out of order by it, and the last word comes last."""
+    """Each has one delta of a stream; no token is lost or out of order by it, and the last word comes last."""
     worker = plane.add()
     client = worker.context.socket(zmq.DEALER)
     OURS.apply(client)
@@ -160,10 +160,11 @@ async def test_steps_that_come_fast_share_frames(plane: Plane) -> None:
                 message = wire.decode_to_frontend(client.recv())
                 frames += [message] if isinstance(message, wire.Step) else []
     client.close(0)
-    ids = b"".join(ids for frame in frames for _, ids, _ in frame.deltas) + frames[-1].ends[0].ids
+    ids = b"".join(delta.ids for frame in frames for delta in frame.deltas) + frames[-1].ends[0].ids
 
     assert wire.unpack(ids) == ([20, 21, 22] * 167)[:500]
     assert len(frames) < 400
+    assert max(len(frame.deltas) for frame in frames) == 1
 
 
 async def test_a_worker_lost_before_the_first_byte_costs_another_attempt(plane: Plane) -> None:

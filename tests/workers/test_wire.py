@@ -11,7 +11,7 @@ from workers.runtime import wire
 
 ids = st.lists(st.integers(0, 2**32 - 1))
 numbers = st.integers(0, 2**40)
-deltas = st.tuples(numbers, st.binary(), st.binary())
+deltas = st.builds(wire.Delta, numbers, st.binary(), st.binary())
 ends = st.builds(wire.End, numbers, st.text(), st.binary(), st.binary(), numbers, numbers, numbers)
 steps = st.builds(wire.Step, st.lists(deltas), st.lists(ends))
 

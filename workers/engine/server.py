@@ -226,13 +226,21 @@ class RequestServer:
         identity, stream = key
         produced, prompt_tokens = len(ask.produced), len(ask.prompt)
         choice = writer(request.render, prompt_tokens, produced, request.cached_tokens)
-        pack, delta, steps = wire.pack_few, choice.delta, self._steps
+        pack, render, steps = wire.pack_few, choice.delta, self._steps
+        filled, delta = wire.Step(), wire.Delta(stream, b"", b"")
         async for piece in self._engine.generate(ask):
             ids = pack(piece.ids)
             produced += len(piece.ids)
             if piece.finish is None:  # this is what a worker does for every token
                 step = steps.get(identity)
-                (self._step(identity) if step is None else step).deltas.append((stream, ids, delta(piece)))
+                if step is None:
+                    step = self._step(identity)
+                if step is filled:  # it has not left since the last token
+                    delta.ids += ids
+                    delta.data += render(piece)
+                    continue
+                filled, delta = step, wire.Delta(stream, ids, render(piece))
+                step.deltas.append(delta)
                 continue
             self._step(identity).ends.append(
                 wire.End(

@@ -228,10 +228,10 @@ class Link:
             return
         self._heard = self._clock.now
         streams = self._streams
-        for number, ids, data in message.deltas:
-            sink = streams.get(number)
+        for delta in message.deltas:
+            sink = streams.get(delta.stream)
             if sink is not None:
-                sink.feed(ids, data)
+                sink.feed(delta.ids, delta.data)
         words: tuple[wire.LastWord, ...] = (*message.ends, *message.prefilled, *message.failed, *message.called)
         for last in words:
             self._end(last.stream, last)

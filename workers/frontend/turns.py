@@ -26,16 +26,16 @@ class Tokens:
         self._tokenizer = tokenizer
         self._max_cached_chars = max_cached_chars
         marks = boundaries(list(tokenizer.get_added_tokens_decoder().values()))
-        self._split = re.compile(f"(?={'|'.join(map(re.escape, marks))})") if marks else None
+        self._marks = re.compile("|".join(map(re.escape, marks))) if marks else None
         self._cache: OrderedDict[str, bytes] = OrderedDict()
         self._cached_chars = 0
         self._lock = threading.Lock()
 
     def encode(self, text: str, special: bool) -> bytes:
         """Packed token ids of a text; `special` adds what the tokenizer puts around a text (a begin token, mostly)."""
-        if special or self._split is None:
+        if special or self._marks is None:
             return self._encode([text], special)[0]
-        turns = self._split.split(text)
+        turns = self._turns(text)
         with self._lock:
             found = {turn: self._recall(turn) for turn in turns}
         missing = [turn for turn, ids in found.items() if not ids]
@@ -45,6 +45,12 @@ class Tokens:
             for turn in missing:
                 self._keep(turn, found[turn])
         return b"".join([found[turn] for turn in turns])
+
+    def _turns(self, text: str) -> list[str]:
+        """The text cut before each mark. Searched for as they are: a pattern that looks ahead is tried at each character."""
+        assert self._marks is not None
+        cuts = [mark.start() for mark in self._marks.finditer(text) if mark.start()]
+        return [text[start:end] for start, end in zip((0, *cuts), (*cuts, len(text)), strict=True)]
 
     def _encode(self, texts: list[str], special: bool) -> list[bytes]:
         # `encode` holds the GIL, and works out offsets that nobody asks for.

@@ -1,8 +1,8 @@
 """The request plane's messages: msgpack arrays over ZMQ, typed by msgspec.
 
 A worker binds a ROUTER socket; each frontend connects one DEALER to it. A frontend names its streams with numbers of its
-own. Each engine step a worker sends *one* `Step` to each frontend with whatever its streams have produced: new token
-ids, and the finished bytes for the client, which the frontend passes on unread.
+own. Each engine step a worker sends at most *one* `Step` to each frontend with whatever its streams have produced: new
+token ids, and the finished bytes for the client, which the frontend passes on unread.
 
 Token ids travel as packed little-endian 32-bit numbers, so that keeping them (for a later continuation elsewhere) is an
 append of bytes.
@@ -189,10 +189,18 @@ class Failed(msgspec.Struct, array_like=True):
     source_lost: bool = False
 
 
-class Step(msgspec.Struct, array_like=True, tag="s"):
-    """What the streams of one frontend produced in one engine step; a delta is (stream, ids, bytes for the client)."""
+class Delta(msgspec.Struct, array_like=True, gc=False):
+    """What a stream has produced since its last frame: token ids, and bytes for the client."""
 
-    deltas: list[tuple[int, bytes, bytes]] = []
+    stream: int
+    ids: bytes
+    data: bytes
+
+
+class Step(msgspec.Struct, array_like=True, tag="s"):
+    """What the streams of one frontend produced in one engine step, or in several that came fast: one delta for each."""
+
+    deltas: list[Delta] = []
     ends: list[End] = []
     prefilled: list[Prefilled] = []
     failed: list[Failed] = []
