@@ -35,10 +35,13 @@ def main() -> int:
             row.name: {"rank": row.rank, "host": row.host, **msgspec.to_builtins(row.record)} for row in view.rows
         }
         state = {"name": run.name, "state": phase, "job": view.job, "endpoint": view.endpoint, "members": members}
+        state |= {"changes": view.changes}
         print(msgspec.json.format(msgspec.json.encode(state), indent=2).decode())
     else:
         console = Console(soft_wrap=True)
         console.print(table(f"{run.name} is {phase}{f', {alive}' if alive else ''}", view.rows if alive else []))
+        for change in view.changes:
+            console.print(change, markup=False, highlight=False)
         if view.failure:
             console.print(view.failure, markup=False, highlight=False)
         if alive and view.endpoint:

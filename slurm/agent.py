@@ -24,13 +24,16 @@ from pathlib import Path
 
 import zmq
 
+from launch.elastic import Following
 from launch.errors import DeploymentError, LaunchError
-from launch.plan import ETCD_PORT, NATS_PORT, Member, Plan, plan
+from launch.plan import ETCD_PORT, NATS_PORT, Member, Plan
 from launch.recipe import Launcher, Recipe
 from launch.records import Control, Job, MemberRecord, RankRecord, RunDirectory, State
-from slurm import children, commands, fabric, hosts, limit, ports, signals
+from slurm import children, commands, extension, fabric, hosts, limit, ports, signals
 from slurm.batch import notice_s
 from slurm.examination import Examination
+from slurm.extension import Departures
+from slurm.losses import Losses
 from slurm.overseer import Overseer
 from slurm.places import Place
 from slurm.supervise import Command, Supervised
@@ -70,9 +73,15 @@ async def _serve(run: RunDirectory, ranks: Sequence[int], job_key: str) -> None:
     recipe, job = run.recipe(), run.job()
     if job is None:
         raise LaunchError(f"{run.path} has no job.json: launch with `python -m launch`")
-    where = plan(recipe)
+    where = Following(run, recipe, job.attempt).look()
     agents.extend(Agent(run, recipe, where, job, rank, stop) for rank in ranks)
-    watch = asyncio.create_task(_stop_before_the_limit(recipe, job, 0 in ranks, notice, stop), name="limit")
+    joined = where.span(ranks[0]) is not None
+    watch = asyncio.create_task(
+        extension.leave_before_the_limit(run, recipe, job, where, ranks[0], notice)
+        if joined
+        else _stop_before_the_limit(recipe, job, 0 in ranks, notice, stop),
+        name="limit",
+    )
     results = await asyncio.gather(*(agent.run(job_key) for agent in agents), return_exceptions=True)
     watch.cancel()
     for result in results:
@@ -159,6 +168,10 @@ class Agent:
             members={},
             step=own_step(os.environ),
         )
+        self._following = Following(run, recipe, job.attempt)
+        self._departures = Departures(
+            self._following, rank, self._has_ended, self._wait_for, grace_s=recipe.engine.drain_s + 20
+        )
         self._examination = Examination(
             run, recipe, where, job.launcher, self._record, self._devices(), self._wait_for, stop
         )
@@ -179,6 +192,7 @@ class Agent:
         except BaseException as error:
             self._record.failure = str(_innermost(error)) or type(_innermost(error)).__name__
             log.error("rank %d: %s", self._rank, _innermost(error))
+            self._departures.give_up(self._run, self._job.attempt, self._record.failure)
             raise
         finally:
             self._record.ended = True
@@ -202,12 +216,15 @@ class Agent:
                         group.create_task(self._heartbeat(), name="heartbeat"),
                         group.create_task(self._examination.examine(), name="preflight"),
                         group.create_task(self._examination.offer(), name="offer"),
+                        group.create_task(self._examination.answer_joiners(self._following), name="joiners"),
                     ]
                     if self._rank == 0:
                         overseer = Overseer(self._run, self._recipe, self._plan, self._job, self._stop)
                         async with self._control_plane(group), overseer.published() as endpoint:
                             self._ends_at = endpoint.expires_at
                             background.append(group.create_task(overseer.watch(), name="overseer"))
+                            losses = Losses(self._run, self._recipe, self._job, self._rank)
+                            background.append(group.create_task(losses.watch(), name="losses"))
                             await self._members(group)
                     else:
                         background.append(group.create_task(self._watch_rank0(), name="rank0"))
@@ -231,6 +248,9 @@ class Agent:
             self._refuse_loopback()
             if self._stop.is_set():
                 break
+            if self._departures.left(member.engine):
+                self._note(member.name, State.STOPPED, 0, "left out")
+                continue
             item = self._engine(member)
             if member.leader:
                 leaders.append(item)
@@ -238,14 +258,19 @@ class Agent:
                 followers.append((member, item))
         for item in (*frontends, *leaders, *(item for _, item in followers)):
             group.create_task(item.run(), name=item.command.name)
+        engines = {item.command.name: item for item in (*leaders, *(item for _, item in followers))}
+        leaving = group.create_task(self._departures.watch(engines, self._stop), name="departures")
         await self._stop.wait()
+        leaders = [item for item in leaders if not self._departures.took(item.command.name)]
+        followers = [(member, item) for member, item in followers if not self._departures.took(item.command.name)]
+        self._departures.end(self._run, self._job.attempt)
         for item in (*leaders, *(item for _, item in followers)):
             item.expect_end()
         if self._rank == 0:
             await _all_stopped(frontends)
             self._record.drained = True
             self._save()
-        else:
+        elif not self._departures.joined or self._run.stop_file.exists():
             await self._wait_for(self._rank0_drained, self._recipe.engine.drain_s + 5)
         await _all_stopped(leaders)
         for member, _ in followers:
@@ -253,6 +278,7 @@ class Agent:
             head = self._plan.leader_of(member.engine)
             await self._wait_for(functools.partial(self._has_ended, head), self._recipe.engine.drain_s + 20)
         await _all_stopped([item for _, item in followers])
+        await leaving
         self._record.drained = True
 
     @contextlib.asynccontextmanager
