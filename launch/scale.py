@@ -259,7 +259,8 @@ def await_joined(run: RunDirectory, recipe: Recipe, job: Job, joined: Joining) -
     Raises:
         DeploymentError: They do not, or only some; they are out of the plan.
     """
-    deadline, told = None, ""
+    # Nobody waits in a queue on one machine.
+    deadline, told = (_patience(recipe) if job.launcher is Launcher.LOCAL else None), ""
     while True:
         gone = elastic.departures(run, job.attempt)
         members = [m for m in elastic.plan_of(run, recipe, job.attempt).part(joined.extension.number).members]
@@ -287,7 +288,7 @@ def await_joined(run: RunDirectory, recipe: Recipe, job: Job, joined: Joining) -
             told = note
             print(note)
         if begun and deadline is None:
-            deadline = time.monotonic() + recipe.engine.ready_timeout_s + SEEN_AFTER_S
+            deadline = _patience(recipe)
         if deadline and time.monotonic() > deadline:
             raise DeploymentError(
                 f"{', '.join(joined.extension.engines)} are not ready: `python -m launch.status {run.name}`"
@@ -298,6 +299,10 @@ def await_joined(run: RunDirectory, recipe: Recipe, job: Job, joined: Joining) -
 def asker() -> str:
     """Who asks, for whoever looks later."""
     return f"{getpass.getuser()} on {socket.gethostname()}"
+
+
+def _patience(recipe: Recipe) -> float:
+    return time.monotonic() + recipe.engine.ready_timeout_s + SEEN_AFTER_S
 
 
 def _job_state(job: Job, joined: Joining) -> tuple[str | None, str]:

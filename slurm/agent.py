@@ -248,7 +248,7 @@ class Agent:
             self._refuse_loopback()
             if self._stop.is_set():
                 break
-            if self._departures.left(member.engine):
+            if self._examination.left_out or self._departures.left(member.engine):
                 self._note(member.name, State.STOPPED, 0, "left out")
                 continue
             item = self._engine(member)

@@ -45,7 +45,7 @@ class Waiting(Protocol):
 
 
 class Examination:
-    """What one rank does before its engines start. `sound` is set once it may start them."""
+    """What one rank does before its engines start. `sound` is set once it may start them, unless it is `left_out`."""
 
     def __init__(
         self,
@@ -59,6 +59,7 @@ class Examination:
         stop: asyncio.Event,
     ) -> None:
         self.sound = asyncio.Event()
+        self.left_out = False
         self.buses: tuple[str, ...] = ()
         self.snapshot = Snapshot()
         self._run = run
@@ -246,4 +247,5 @@ class Examination:
         if content is None:
             return False
         bad = exclusion.bad_ranks(msgspec.json.decode(content, type=list[Report]), self._recipe)
+        self.left_out = self._record.rank in bad  # rank 0's files that say so may be seen later
         return exclusion.cannot_go_on(bad, self._plan) is None

@@ -21,7 +21,7 @@ from slurm.preflight import Finding, Grade, Report, judge_links
 from slurm.probe import Link
 from tests.deployments import command
 from tests.slurm_cluster import SlurmCluster
-from tests.system.test_scale import complete_with, members, on_slurm, phase, status, until
+from tests.system.test_scale import complete_with, members, on_slurm, phase, scale, status, until
 
 SHRINK = read(["+recipe=tiny_2p2d", "cluster=slurm_cpu", "preflight.on_bad_node=exclude_and_shrink"])
 
@@ -124,7 +124,8 @@ GPU = (
 
 
 def planted(folder: Path, model: Path, policy: str, *bad: str) -> tuple[str, ...]:
-    """Words of a launch of two prefill and two decode engines; the GPUs of the `bad` nodes have memory errors.
+    """Words of a launch of two prefill and two decode engines; the GPUs of the `bad` nodes have memory errors, and those of
+    the others from the moment on when there is a file bin/ill.
 
     This machine has no GPU: what nvidia-smi prints stands in for the driver.
     """
@@ -132,7 +133,8 @@ def planted(folder: Path, model: Path, policy: str, *bad: str) -> tuple[str, ...
     fake.mkdir(parents=True)
     lines = ["#!/bin/sh", "[ $# -eq 0 ] && echo 'CUDA Version: 12.6' && exit", "case $SLURMD_NODENAME in"]
     lines += [f"{node}) echo '{GPU.format(errors=3)}';;" for node in bad]
-    lines += [f"*) echo '{GPU.format(errors=0)}';;", "esac"]
+    lines += [f"*) [ -e {fake}/ill ] && echo '{GPU.format(errors=7)}' && exit"]
+    lines += [f"echo '{GPU.format(errors=0)}';;", "esac"]
     (fake / "nvidia-smi").write_text("\n".join(lines))
     (fake / "nvidia-smi").chmod(0o755)
     return (
@@ -160,6 +162,27 @@ def test_a_deployment_goes_on_without_a_bad_node_and_says_so(
     assert re.search(
         r"decode-1 was lost: node n4 is not fit: ecc: GPU 0 of .* has had 3 uncorrected", said["changes"][0]
     )
+
+
+@pytest.mark.slurm
+@pytest.mark.nightly
+def test_a_job_that_joins_on_a_bad_node_leaves_alone(tmp_path: Path, tiny_model: Path, cluster: SlurmCluster) -> None:
+    """Whoever asked for it is told why, the deployment is as ready as before, and the next one takes the next names."""
+    words = (*planted(tmp_path, tiny_model, "fail"), "roles.prefill.replicas=1", "roles.decode.replicas=1")
+    with on_slurm(tmp_path, cluster, "sound", *words) as (run, _):
+        (tmp_path / "bin" / "ill").touch()
+        failed = scale(run, "decode=+1", env=cluster.env)
+        (tmp_path / "bin" / "ill").unlink()
+        until(lambda: len(cluster.run("squeue", "--noheader", "--format=%A").split()) == 1)
+        between = phase(run), complete_with(run, "one is enough")
+        joined = scale(run, "decode=+1", env=cluster.env)
+
+    assert failed.returncode == 1
+    assert "decode-1 did not join: node" in failed.stderr
+    assert "has had 7 uncorrected memory errors" in failed.stderr
+    assert between == (Phase.READY, 40)
+    assert joined.returncode == 0, joined.stderr
+    assert "decode-2 serve" in joined.stdout
 
 
 @pytest.mark.slurm

@@ -179,6 +179,27 @@ def test_agents_join_and_leave_on_one_machine(tmp_path: Path, tiny_model: Path) 
     assert processes_of(run) == {}
 
 
+@pytest.mark.engine
+@pytest.mark.nightly
+@pytest.mark.timeout(400)
+def test_a_real_engine_that_joined_pulls_what_an_older_one_computed(tmp_path: Path, tiny_model: Path) -> None:
+    """vLLM with NIXL: once the first decode engine has left, the one that joined answers alone, and answers the same."""
+    texts = [f"The {word} of the year is" for word in ("first month", "last day", "longest night", "end")]
+    with deployed(tmp_path, "+recipe=tiny_disagg", f"model.path=tiny:{tiny_model}", name="vllm") as running:
+        before = [complete(running.client, text, False) for text in texts]
+        more = scale(running.run, "decode=+1", timeout_s=200)
+        fewer = scale(running.run, "decode-0")
+        after = [complete(running.client, text, True) for text in texts]
+        pulled = running.metric("decode-1", "baton_worker_nixl_transferred_bytes_total")
+        failed = running.metric("decode-1", "baton_worker_nixl_failed_transfers_total")
+
+    assert more.returncode == 0, more.stderr
+    assert fewer.returncode == 0, fewer.stderr
+    assert after == before
+    assert pulled > 0
+    assert failed == 0
+
+
 @pytest.mark.slurm
 def test_a_job_joins_and_its_nodes_are_free_when_its_engines_have_left(
     tmp_path: Path, tiny_model: Path, cluster: SlurmCluster
