@@ -259,6 +259,9 @@ class ClusterConf:
     fabric: str = "any"
     """What nodes are promised to move KV cache over: ib, roce, cxi (Slingshot), ethernet, or any. A node that lacks it is
     refused before the engines start."""
+    rdma_between_jobs: bool | None = None
+    """Whether the fabric lets processes of two jobs exchange RDMA. Slingshot gives every job step a network of its own, so
+    null says no for fabric=cxi and yes for all others."""
     gpu_request: str | None = "gpus-per-node={n}"
     """How sbatch is asked for GPUs, as a flag with {n}: gpus-per-node={n}, gres=gpu:{n}; null asks for none."""
     nixl_backends: list[str] = field(default_factory=lambda: ["UCX"])
@@ -313,6 +316,9 @@ class SlurmConf:
     mem: str | None = None
     """Memory of each node in sbatch's notation; null leaves it to the site."""
     exclusive: bool = False
+    on_lost_node: str = "shrink"
+    """What becomes of engines whose node is lost: shrink serves on without them; extra_job submits a job with as many new
+    ones, which join."""
     setup: list[str] = field(default_factory=list)
     """Lines of shell that the batch script runs before the agents start (modules, for example)."""
     srun_args: list[str] = field(default_factory=list)
@@ -346,7 +352,8 @@ class PreflightConf:
     ignore: list[str] = field(default_factory=list)
     """Findings, by name, that shall not stop the deployment (rdma, memlock, clock, ...); they are told all the same."""
     on_bad_node: str = "fail"
-    """What becomes of the deployment when a node fails: fail. Nothing else is served yet."""
+    """What becomes of the deployment when a node fails: fail ends it; exclude_and_shrink serves without the engines of that
+    node, as long as each role has one left; resubmit submits again for other nodes, at most twice."""
     kv: str = "auto"
     """Move a block by NIXL between nodes that will exchange KV cache: auto (where they are different machines and NIXL is
     installed), always, never."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import sys
 import threading
@@ -14,11 +15,11 @@ import msgspec
 import submitit
 from rich.console import Console
 
-from launch import chains, watch
+from launch import chains, resubmit, watch
 from launch.compose import Launch, choices, read
 from launch.dry_run import describe
 from launch.errors import ConfigError, DeploymentError, LaunchError
-from launch.plan import plan
+from launch.plan import Plan, plan
 from launch.progress import Display, endpoint_text
 from launch.recipe import Backend, Executor, Launcher, Wait
 from launch.records import Phase, RunDirectory
@@ -46,6 +47,8 @@ then       python -m launch.status NAME, launch.logs NAME [member or role], laun
 """
 QUEUE_POLL_S = 5.0
 STOP_WAIT_S = 60.0
+# Without the engines of a node that failed its preflight, a deployment is degraded from its first moment on.
+SERVING = (Phase.READY, Phase.DEGRADED)
 
 
 def main() -> int:
@@ -74,6 +77,7 @@ def launch(asked: Launch, console: Console) -> None:
     if asked.dry_run:
         print(describe(asked, where, chains.path_of_first(asked, run)))
         return
+    resubmit.check(asked)
     executors.check(asked.launcher, asked.recipe, where, len(hosts.devices_here()))
     _check_packages(asked)
     _check_model(asked)
@@ -85,16 +89,36 @@ def launch(asked: Launch, console: Console) -> None:
         return
     chains.forget(run)
     with _on_interrupt(interrupted):
-        job = submit(asked.launcher, asked.recipe, where, run, asked.overrides)
-        console.print(f"{run.name} submitted: {asked.launcher}, job {job.job_id}, logs in {run.path}/logs/latest")
-        if asked.launcher is Launcher.DEBUG:
-            _run_here(job, run, console, interrupted)
-        elif asked.wait is not Wait.NO:
-            try:
-                attend(asked, run, job, console, interrupted)
-            finally:
-                if asked.recipe.preflight.only:
-                    _print_verdict(run)
+        _until_sound(asked, where, run, console, interrupted)
+
+
+def _until_sound(asked: Launch, where: Plan, run: RunDirectory, console: Console, interrupted: threading.Event) -> None:
+    """Submit, and again for other nodes as long as the recipe says so when some fail their preflight."""
+    for tried in itertools.count(1):
+        try:
+            _once(asked, where, run, console, interrupted)
+            return
+        except DeploymentError as error:
+            reports = [msgspec.json.decode(content, type=preflight.Report) for content in run.preflights()]
+            further = resubmit.again(asked, reports, tried)
+            if further is None or interrupted.is_set():
+                raise
+            asked = further
+            console.print(f"{error}\nsubmitting again without {asked.recipe.slurm.sbatch['exclude']}", markup=False)
+
+
+def _once(asked: Launch, where: Plan, run: RunDirectory, console: Console, interrupted: threading.Event) -> None:
+    """One submission, attended as asked."""
+    job = submit(asked.launcher, asked.recipe, where, run, asked.overrides)
+    console.print(f"{run.name} submitted: {asked.launcher}, job {job.job_id}, logs in {run.path}/logs/latest")
+    if asked.launcher is Launcher.DEBUG:
+        _run_here(job, run, console, interrupted)
+    elif asked.wait is not Wait.NO:
+        try:
+            attend(asked, run, job, console, interrupted)
+        finally:
+            if asked.recipe.preflight.only:
+                _print_verdict(run)
 
 
 def attend(
@@ -115,8 +139,10 @@ def attend(
         for view, note in _views(run):
             display.show(view.rows, note)
             _raise_if_failed(run, job, view, console)
-            if view.phase is Phase.READY and view.endpoint and not announced:
+            if view.phase in SERVING and view.endpoint and not announced:
                 announced = True
+                for change in view.changes:
+                    console.print(change, highlight=False, markup=False)
                 console.print(endpoint_text(view.endpoint), highlight=False, markup=False)
                 for line in watch.node_notes(run, view):
                     console.print(line, highlight=False, markup=False)

@@ -40,6 +40,8 @@ from launch.recipe import (
     LoadFailure,
     LocalPrefillMode,
     Model,
+    OnBadNode,
+    OnLostNode,
     Preflight,
     Recipe,
     Role,
@@ -151,7 +153,12 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
         security=Security(**_fields(written.security)),
         cluster=_cluster(written.cluster),
         slurm=Batch(
-            **_fields(written.slurm, setup=tuple(written.slurm.setup), srun_args=tuple(written.slurm.srun_args))
+            **_fields(
+                written.slurm,
+                setup=tuple(written.slurm.setup),
+                srun_args=tuple(written.slurm.srun_args),
+                on_lost_node=word(OnLostNode, "slurm.on_lost_node", written.slurm.on_lost_node),
+            )
         ),
         environment=_environment(written),
         preflight=Preflight(
@@ -159,6 +166,7 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
                 written.preflight,
                 level=word(Level, "preflight.level", written.preflight.level),
                 kv=word(When, "preflight.kv", written.preflight.kv),
+                on_bad_node=word(OnBadNode, "preflight.on_bad_node", written.preflight.on_bad_node),
                 ignore=tuple(written.preflight.ignore),
             )
         ),

@@ -66,7 +66,7 @@ def main() -> int:
         body = _body(arguments.arguments, arguments.member, arguments.role)
         if arguments.operation == LIMITS:
             return _limits(run, body)
-        status, answer = _post(run, arguments.operation, body)
+        status, answer = post(run, arguments.operation, body)
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -104,7 +104,7 @@ def _body(pairs: list[str], members: list[str] | None, role: str | None) -> dict
 def _limits(run: RunDirectory, body: dict[str, Any]) -> int:
     """Each frontend keeps limits of its own: change those of all, and print what they are now."""
     for url in _urls(run):
-        status, answer = _post(run, LIMITS, body, [url])
+        status, answer = post(run, LIMITS, body, [url])
         if status != 200:
             print(f"error: {answer['error']['message']}", file=sys.stderr)
             return 1
@@ -124,10 +124,10 @@ def _urls(run: RunDirectory) -> list[str]:
     return endpoint.urls
 
 
-def _post(
+def post(
     run: RunDirectory, operation: str, body: dict[str, Any], urls: list[str] | None = None
 ) -> tuple[int, dict[str, Any]]:
-    """Status and answer of the first frontend, of these or of all, that can be reached.
+    """Ask for an operation: status and answer of the first frontend, of these or of all, that can be reached.
 
     Raises:
         DeploymentError: None can, or something else answers there.

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import watch
+from launch.elastic import joinings
 from launch.errors import LaunchError, NotFoundError
 from launch.records import RunDirectory, find
 from slurm.children import tail
@@ -47,8 +48,11 @@ def choose(run: RunDirectory, member: str | None) -> dict[str, Path]:
     """
     folder = run.path / "logs" / "latest"
     files = {path.stem: path for path in sorted(folder.glob("*.log"))}
+    job = run.job()
+    joined = {each.job: each.extension.first_rank for each in joinings(run, job.attempt)} if job else {}
     for path in sorted(folder.glob("*_log.out")):
-        files[f"rank-{path.name.split('_')[-2]}"] = path
+        number, task = path.name.split("_")[-3:-1]
+        files[f"rank-{joined.get(number, 0) + int(task)}"] = path
     if member is None:
         return files
     if member in files:

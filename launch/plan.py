@@ -2,11 +2,14 @@
 
 A pure function of the recipe, so that every rank computes it and takes its own part; nothing is negotiated that can be
 computed. Ports are offsets into the port block that each rank claims when it starts (`slurm.ports`).
+
+A deployment that was extended while it ran is the recipe and its extensions (`launch.elastic`). Ranks and replicas of an
+extension come after all earlier ones and never change: joining moves nobody, and no name is used twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -120,13 +123,54 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What an extension adds of one role: `replicas` engines, the first of them number `first_replica`."""
+
+    kind: Kind
+    first_replica: int
+    replicas: int
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(f"{self.kind}-{self.first_replica + index}" for index in range(self.replicas))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extension:
+    """Engines that join a live deployment with a job of their own, on ranks from `first_rank` on."""
+
+    number: int
+    first_rank: int
+    parts: tuple[Part, ...]
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(name for part in self.parts for name in part.engines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """The ranks of an extension."""
+
+    number: int
+    first: int
+    ranks: int
+
+    def __contains__(self, rank: int) -> bool:
+        return self.first <= rank < self.first + self.ranks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Where everything runs; `ranks` is the number of nodes of the job."""
+    """Where everything runs; `ranks` is the number of nodes of the job, without those of the extensions in `joined`."""
 
     ranks: int
     slots_per_node: int
     members: tuple[Member, ...]
     frontends: tuple[str, ...]
+    joined: tuple[Span, ...] = ()
 
     def on(self, rank: int) -> tuple[Member, ...]:
         """The members of one rank, in the order of their slots."""
@@ -151,6 +195,26 @@ class Plan:
         """All members of an engine, in the order of its nodes."""
         return tuple(m for m in self.members if m.engine == engine)
 
+    def engines(self, kind: Kind) -> tuple[str, ...]:
+        """The engines of a role, the oldest first."""
+        return tuple(dict.fromkeys(m.engine for m in sorted(self.members, key=lambda m: m.replica) if m.kind is kind))
+
+    def span(self, rank: int) -> Span | None:
+        """The extension that a rank came with; None for those of the job itself."""
+        return next((span for span in self.joined if rank in span), None)
+
+    def part(self, number: int) -> Plan:
+        """An extension as the plan of its own job: as many ranks as that has, no frontends.
+
+        Raises:
+            PlanError: There is no extension of that number.
+        """
+        for span in self.joined:
+            if span.number == number:
+                members = tuple(m for m in self.members if m.rank in span)
+                return Plan(ranks=span.ranks, slots_per_node=self.slots_per_node, members=members, frontends=())
+        raise PlanError(f"no extension {number} in the plan: {', '.join(str(s.number) for s in self.joined) or 'none'}")
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -162,25 +226,68 @@ class Spread:
     ports: int
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, extensions: Iterable[Extension] = (), left: Collection[str] = ()) -> Plan:
     """Give every member its place, on as few nodes as first fit in the order of `recipe.roles` needs.
 
     An engine that fits a node shares it with others; one that does not takes the same number of slots on each of the
-    fewest consecutive nodes that its processes divide by. With `control.dedicated`, rank 0 runs no engine.
+    fewest consecutive nodes that its processes divide by. With `control.dedicated`, rank 0 runs no engine. Extensions take
+    nodes of their own. Engines that have `left` keep their places empty.
 
     Raises:
         PlanError: An engine cannot be placed on this cluster at all.
     """
     per_node = slots_per_node(recipe)
-    first_rank = 1 if recipe.control.dedicated else 0
-    used: list[int] = [0] * first_rank
-    next_port: list[int] = [MEMBER_PORT] * first_rank
+    launched = [Part(kind=role.kind, first_replica=0, replicas=role.replicas) for role in recipe.roles]
+    members, ranks = _placed(launched, recipe, per_node, 0, 1 if recipe.control.dedicated else 0)
+    joined = []
+    for extension in extensions:
+        more, count = _placed(extension.parts, recipe, per_node, extension.first_rank, 0)
+        members += more
+        joined.append(Span(number=extension.number, first=extension.first_rank, ranks=count))
+    return Plan(
+        ranks=ranks,
+        slots_per_node=per_node,
+        members=tuple(member for member in members if member.engine not in left),
+        frontends=tuple(f"frontend-{i}" for i in range(recipe.frontend.processes)),
+        joined=tuple(joined),
+    )
+
+
+def extend(recipe: Recipe, extensions: Sequence[Extension], wanted: Mapping[Kind, int]) -> Extension:
+    """The extension that adds so many engines of each role to what there is.
+
+    Raises:
+        PlanError: The recipe has no such role, so nobody knows how large its engines are.
+    """
+    counts = {role.kind: role.replicas for role in recipe.roles}
+    for kind in wanted:
+        if kind not in counts:
+            raise PlanError(f"the deployment has no role {kind}: it has {', '.join(counts)}; launch another for it")
+    for extension in extensions:
+        for part in extension.parts:
+            counts[part.kind] = max(counts[part.kind], part.first_replica + part.replicas)
+    before = plan(recipe, extensions)
+    return Extension(
+        number=max((extension.number for extension in extensions), default=0) + 1,
+        first_rank=max((span.first + span.ranks for span in before.joined), default=before.ranks),
+        parts=tuple(Part(kind=kind, first_replica=counts[kind], replicas=more) for kind, more in wanted.items()),
+    )
+
+
+def _placed(
+    parts: Iterable[Part], recipe: Recipe, per_node: int, offset: int, reserved: int
+) -> tuple[list[Member], int]:
+    """Members of the parts on consecutive ranks from `offset` on, `reserved` of them empty; and how many ranks that are."""
+    roles = {role.kind: role for role in recipe.roles}
+    used: list[int] = [0] * reserved
+    next_port: list[int] = [MEMBER_PORT] * reserved
     members: list[Member] = []
-    for role in recipe.roles:
+    for part in parts:
+        role = roles[part.kind]
         wanted = spread_of(role, recipe, per_node)
         local_ranks = role.data_parallel // wanted.nodes if wanted.by_data else role.data_parallel
-        for replica in range(role.replicas):
-            rank = _first_fit(used, next_port, first_rank, wanted, per_node)
+        for replica in range(part.first_replica, part.first_replica + part.replicas):
+            rank = _first_fit(used, next_port, reserved, wanted, per_node)
             for node in range(wanted.nodes):
                 here = rank + node
                 while len(used) <= here:
@@ -194,7 +301,7 @@ def plan(recipe: Recipe) -> Plan:
                         replica=replica,
                         node=node,
                         nodes=wanted.nodes,
-                        rank=here,
+                        rank=offset + here,
                         slots=tuple(range(used[here], used[here] + wanted.slots)),
                         ports=ports,
                         by_data=wanted.by_data,
@@ -203,8 +310,7 @@ def plan(recipe: Recipe) -> Plan:
                 )
                 used[here] += wanted.slots
                 next_port[here] = ports.end
-    frontends = tuple(f"frontend-{i}" for i in range(recipe.frontend.processes))
-    return Plan(ranks=len(used), slots_per_node=per_node, members=tuple(members), frontends=frontends)
+    return members, len(used)
 
 
 def dp_ranks(role: Role, member: Member) -> tuple[int, int]:

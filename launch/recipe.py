@@ -129,6 +129,21 @@ class Level(StrEnum):
     OFF = "off"
 
 
+class OnBadNode(StrEnum):
+    """What becomes of the deployment when a node fails its preflight."""
+
+    FAIL = "fail"
+    EXCLUDE_AND_SHRINK = "exclude_and_shrink"
+    RESUBMIT = "resubmit"
+
+
+class OnLostNode(StrEnum):
+    """What becomes of engines whose node is lost: nothing, or a job with new ones that join."""
+
+    SHRINK = "shrink"
+    EXTRA_JOB = "extra_job"
+
+
 class When(StrEnum):
     """Whether something optional is done."""
 
@@ -397,6 +412,7 @@ class Cluster:
     subnet: str | None = None
     hostname_suffix: str = ""
     fabric: Fabric = Fabric.ANY
+    rdma_between_jobs: bool | None = None
     account_required: bool = False
     account_form: str | None = None
     limits: tuple[Limit, ...] = ()
@@ -439,6 +455,11 @@ class Cluster:
                     f"cluster.subnet is a network like 10.128.0.0/16, got {self.subnet!r} ({error})"
                 ) from None
 
+    @property
+    def joins_rdma(self) -> bool:
+        """Whether processes of two jobs can exchange RDMA: as the profile says, or else on all fabrics but Slingshot."""
+        return self.fabric is not Fabric.CXI if self.rdma_between_jobs is None else self.rdma_between_jobs
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
@@ -455,6 +476,7 @@ class Batch:
     setup: tuple[str, ...]
     srun_args: tuple[str, ...]
     sbatch: Mapping[str, Any]
+    on_lost_node: OnLostNode = OnLostNode.SHRINK
 
     def __post_init__(self) -> None:
         if self.time_min < 1:
@@ -489,18 +511,13 @@ class Preflight:
     level: Level = Level.FULL
     only: bool = False
     ignore: tuple[str, ...] = ()
-    on_bad_node: str = "fail"
+    on_bad_node: OnBadNode = OnBadNode.FAIL
     kv: When = When.AUTO
     min_gbit_per_s: float = 0.0
     max_skew_s: float = 10.0
     timeout_s: float = 20.0
 
     def __post_init__(self) -> None:
-        if self.on_bad_node != "fail":
-            raise ConfigError(
-                f"preflight.on_bad_node={self.on_bad_node} is not served yet: use fail, which names the bad node and the "
-                "flag that leaves it out of the next job"
-            )
         if self.timeout_s <= 0 or self.max_skew_s <= 0 or self.min_gbit_per_s < 0:
             raise ConfigError(
                 f"preflight.timeout_s and preflight.max_skew_s are above 0 and preflight.min_gbit_per_s at least 0, "

@@ -15,6 +15,7 @@
     batch_<job>.log             what the batch script said
     preflight/<i>.json          what rank i found on its node before its engines started
     preflight.json              all of them, once all have reported
+    extensions/, departures/    who joined and who left while it ran (launch.elastic)
     logs/attempt_<n>/           logs, and life.json: when it started, was ready and ended; `logs/latest` points to the newest
     metrics/targets.json        Prometheus file_sd
 
@@ -280,7 +281,9 @@ class RunDirectory:
         self.targets_file.parent.mkdir(exist_ok=True)
         names = ("control.json", "endpoint.json", "head.json", "preflight.json", "moved.json")
         records = [self.path / name for name in names]
-        for stale in (self.stop_file, *records, *self._rank_files(), *(self.path / "preflight").glob("*.json")):
+        folders = ("preflight", "extensions", "departures")
+        said = [path for folder in folders for path in (self.path / folder).glob("*.json")]
+        for stale in (self.stop_file, *records, *self._rank_files(), *said):
             stale.unlink(missing_ok=True)
         # The recipe may hold tokens in the engines' environment.
         write(self.path / "recipe.yaml", msgspec.yaml.encode(asdict(recipe)), mode=0o600)
@@ -397,6 +400,14 @@ class RunDirectory:
     def preflights_written(self) -> int:
         """How many ranks have published what they found."""
         return len(list((self.path / "preflight").glob("*.json")))
+
+    def preflight_of(self, rank: int) -> bytes | None:
+        """What a rank found, once it has told."""
+        return read_bytes(self.path / "preflight" / f"{rank}.json")
+
+    def preflight(self) -> bytes | None:
+        """What all ranks found, once rank 0 has told."""
+        return read_bytes(self.preflight_file)
 
     def preflights(self) -> list[bytes]:
         """What ranks found, of whatever attempt."""

@@ -110,7 +110,8 @@ def picture(runs_dir: Path, name: str) -> tuple[Phase, list[RenderableType]]:
         if links.trouble:
             shown.append(Text(f"link {links.trouble.link} could not be submitted: {links.trouble.message}"))
     shown.append(table(f"{run.name} is {phase}{where}", view.rows if place else []))
-    shown += [Text(line) for line in watch.node_notes(run, view)] if place else []
+    notes = [*view.changes, *watch.node_notes(run, view)] if place else view.changes
+    shown += [Text(line) for line in notes]
     if view.failure:
         shown.append(Text(view.failure))
     if place and view.endpoint:
@@ -156,6 +157,7 @@ def _print_json(runs_dir: Path, name: str) -> int:
         "job": view.job,
         "endpoint": view.endpoint,
         "members": members,
+        "changes": view.changes,
         "chain": links_of(Chain(runs_dir / name)),
     }
     print(msgspec.json.format(msgspec.json.encode(state), indent=2).decode())

@@ -10,9 +10,10 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from launch import elastic
 from launch.errors import DeploymentError
 from launch.plan import plan
 from launch.progress import Row, rows
@@ -50,7 +51,9 @@ class View:
     endpoint: Endpoint | None
     rows: list[Row]
     expected: int
-    """Ranks of the plan."""
+    """Ranks of the job; those of the extensions come after them and end before."""
+    changes: list[str] = field(default_factory=list)
+    """Who joined and who left since, in sentences."""
 
     @property
     def phase(self) -> Phase:
@@ -60,7 +63,7 @@ class View:
     @property
     def failures(self) -> list[str]:
         """What failed, rank by rank."""
-        return [record.failure for record in self.ranks.values() if record.failure]
+        return [record.failure for record in self.launched if record.failure]
 
     @property
     def failure(self) -> str | None:
@@ -69,10 +72,15 @@ class View:
 
     @property
     def ended(self) -> bool:
-        """Whether every rank has said that it ended, those left out that were lost."""
+        """Whether every rank of the job has said that it ended, those left out that were lost."""
         lost = self.endpoint.lost if self.endpoint else []
-        left = [record for rank, record in self.ranks.items() if not (record.ended or rank in lost)]
-        return len(self.ranks) == self.expected and not left
+        left = [record for record in self.launched if not (record.ended or record.rank in lost)]
+        return len(self.launched) == self.expected and not left
+
+    @property
+    def launched(self) -> list[RankRecord]:
+        """The ranks of the job, as far as they have reported."""
+        return [record for rank, record in self.ranks.items() if rank < self.expected]
 
 
 def look(run: RunDirectory) -> View:
@@ -85,8 +93,8 @@ def look(run: RunDirectory) -> View:
     if job is None:
         raise DeploymentError(f"{run.path} has no job.json")
     ranks = run.ranks(job.attempt)
-    where = plan(run.recipe())
-    return View(job, ranks, run.endpoint(), rows(where, ranks), where.ranks)
+    where = elastic.plan_of(run, run.recipe(), job.attempt)
+    return View(job, ranks, run.endpoint(), rows(where, ranks), where.ranks, elastic.told(run, job.attempt))
 
 
 def where_alive(run: RunDirectory) -> str | None:
@@ -95,7 +103,7 @@ def where_alive(run: RunDirectory) -> str | None:
     if job is None:
         return None
     ranks = run.ranks(job.attempt)
-    ended = len(ranks) == plan(run.recipe()).ranks and all(record.ended for record in ranks.values())
+    ended = look(run).ended
     if job.launcher is Launcher.SLURM:
         state, _ = slurm_state(job.id)
         if state is None:  # Slurm does not answer from here: believe what the ranks wrote
@@ -179,6 +187,7 @@ def request_stop(run: RunDirectory) -> None:
     """
     run.stop_file.touch()
     job = run.job()
+    cancel_extensions(run, f"--signal={signals.STOP.name}")
     if job and job.launcher is Launcher.SLURM:
         pending = not run.ranks(job.attempt) and slurm_state(job.id)[0] == "PENDING"
         cancel(job, *(() if pending else (f"--signal={signals.STOP.name}",)))
@@ -189,6 +198,17 @@ def request_stop(run: RunDirectory) -> None:
 def cancel(job: Job, *flags: str) -> None:
     """scancel a job."""
     subprocess.run(["scancel", *flags, job.id], capture_output=True, timeout=60, check=False)
+
+
+def cancel_extensions(run: RunDirectory, *flags: str) -> None:
+    """scancel the jobs that joined; without flags, or where one has not started, whole."""
+    job = run.job()
+    for each in elastic.joinings(run, job.attempt) if job and job.launcher is Launcher.SLURM else ():
+        if each.job:
+            pending = slurm_state(each.job)[0] == "PENDING"
+            subprocess.run(
+                ["scancel", *(() if pending else flags), each.job], capture_output=True, timeout=60, check=False
+            )
 
 
 def cancel_steps(run: RunDirectory, *flags: str) -> None:
@@ -214,6 +234,7 @@ def insist(run: RunDirectory) -> None:
     job = run.job()
     if job and job.launcher is Launcher.SLURM:
         cancel(job)
+        cancel_extensions(run)
     elif job and job.launcher is Launcher.ALLOCATION:
         cancel_steps(run)
     else:

@@ -22,16 +22,19 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
+from launch.elastic import Following
 from launch.errors import DeploymentError, LaunchError
-from launch.plan import Member, Plan, plan
+from launch.plan import Member, Plan
 from launch.recipe import Executor, Launcher, Recipe
 from launch.records import Head, Job, MemberRecord, Phase, RankRecord, RunDirectory, State
 from launch.standby import control_ranks, frontends_on
-from slurm import children, commands, control, fabric, ghost, hosts, limit, ports, shield, signals
+from slurm import children, commands, control, extension, fabric, ghost, hosts, limit, ports, shield, signals
 from slurm.batch import notice_s
 from slurm.examination import Examination
+from slurm.extension import Departures
 from slurm.head import Headship
 from slurm.heard import Heard
+from slurm.losses import Losses
 from slurm.overseer import Overseer
 from slurm.places import Place
 from slurm.spare import Spare
@@ -75,13 +78,19 @@ async def _serve(run: RunDirectory, ranks: Sequence[int], job_key: str) -> None:
     recipe, job = run.recipe(), run.job()
     if job is None:
         raise LaunchError(f"{run.path} has no job.json: launch with `python -m launch`")
-    where = plan(recipe)
+    where = Following(run, recipe, job.attempt).look()
     agents.extend(Agent(run, recipe, where, job, rank, stop) for rank in ranks)
 
     def leads() -> bool:
         return any(agent.leads for agent in agents)
 
-    watch = asyncio.create_task(_stop_before_the_limit(recipe, job, leads, notice, stop), name="limit")
+    joined = where.span(ranks[0]) is not None
+    watch = asyncio.create_task(
+        extension.leave_before_the_limit(run, recipe, job, where, ranks[0], notice)
+        if joined
+        else _stop_before_the_limit(recipe, job, leads, notice, stop),
+        name="limit",
+    )
     results = await asyncio.gather(*(agent.run(job_key) for agent in agents), return_exceptions=True)
     watch.cancel()
     await ghost.end(run, job, agents[0].lost, os.environ)
@@ -173,6 +182,10 @@ class Agent:
             members={},
             step=own_step(os.environ),
         )
+        self._following = Following(run, recipe, job.attempt)
+        self._departures = Departures(
+            self._following, rank, self._has_ended, self._wait_for, grace_s=recipe.engine.drain_s + 20
+        )
         self._examination = Examination(
             run, recipe, where, job.launcher, self._record, self._devices(), self._wait_for, stop, self._is_head
         )
@@ -209,6 +222,7 @@ class Agent:
         except BaseException as error:
             self._record.failure = str(_innermost(error)) or type(_innermost(error)).__name__
             log.error("rank %d: %s", self._rank, _innermost(error))
+            self._departures.give_up(self._run, self._job.attempt, self._record.failure)
             raise
         finally:
             self._record.ended = True
@@ -232,8 +246,9 @@ class Agent:
                         group.create_task(self._heartbeat(), name="heartbeat"),
                         group.create_task(self._examination.examine(), name="preflight"),
                         group.create_task(self._examination.offer(), name="offer"),
+                        group.create_task(self._examination.answer_joiners(self._following), name="joiners"),
+                        group.create_task(self._follow_head(), name="head"),
                     ]
-                    background.append(group.create_task(self._follow_head(), name="head"))
                     if self._rank in self._control_ranks:
                         async with self._control_plane(group) as headship:
                             lead = group.create_task(self._lead(headship), name="lead")
@@ -267,6 +282,9 @@ class Agent:
             self._refuse_loopback()
             if self._stop.is_set():
                 break
+            if self._examination.left_out or self._departures.left(member.engine):
+                self._note(member.name, State.STOPPED, 0, "left out")
+                continue
             item = self._engine(member)
             if member.leader:
                 leaders.append(item)
@@ -274,21 +292,28 @@ class Agent:
                 followers.append((member, item))
         for item in (*leaders, *(item for _, item in followers)):
             group.create_task(item.run(), name=item.command.name)
+        engines = {item.command.name: item for item in (*leaders, *(item for _, item in followers))}
+        leaving = group.create_task(self._departures.watch(engines, self._stop), name="departures")
         await self._stop.wait()
         for task in keeping:
             task.cancel()
+        leaders = [item for item in leaders if not self._departures.took(item.command.name)]
+        followers = [(member, item) for member, item in followers if not self._departures.took(item.command.name)]
+        self._departures.end(self._run, self._job.attempt)
         for item in (*leaders, *(item for _, item in followers)):
             item.expect_end()
         await _all_stopped(list(self._frontends.values()))
         self._record.drained = True
         self._save()
-        await self._wait_for(self._frontends_drained, self._recipe.engine.drain_s + 5)
+        if not self._departures.joined or self._run.stop_file.exists():
+            await self._wait_for(self._frontends_drained, self._recipe.engine.drain_s + 5)
         await _all_stopped(leaders)
         for member, _ in followers:
             # An engine finishes with all of its nodes: the others end after node 0 has.
             head = self._plan.leader_of(member.engine)
             await self._wait_for(functools.partial(self._has_ended, head), self._recipe.engine.drain_s + 20)
         await _all_stopped([item for _, item in followers])
+        await leaving
         self._record.quiet = True
         self._save()
 
@@ -378,7 +403,8 @@ class Agent:
             async with overseer.published() as endpoint:
                 log.info("rank %d leads (term %d): %s", self._rank, headship.term, endpoint.url)
                 self._published.set()
-                await _first(overseer.watch(), headship.deposed.wait(), self._succession().keep())
+                losses = Losses(self._run, self._recipe, self._job, self._rank)
+                await _first(overseer.watch(), headship.deposed.wait(), self._succession().keep(), losses.watch())
             log.warning("rank %d no longer leads", self._rank)
 
     def _succession(self) -> Succession:

@@ -66,6 +66,8 @@ class Submission:
     overrides: tuple[str, ...]
     begin_in_s: int = 0
     """Seconds before which the job is not to begin; the script does not say so, the call of sbatch does."""
+    extension: int | None = None
+    """Number of the extension that the job is, for one that joins a live deployment."""
 
     @property
     def folder(self) -> Path:
@@ -86,7 +88,8 @@ def task_command(recipe: Recipe, asked: Submission) -> str:
     Not submitit's own entry: that ignores SIGTERM before our first line, and needs a pickle that only it writes.
     """
     python = interpreter(recipe, asked.run_dir).command
-    return f"{python} -u -m slurm.task {shlex.quote(str(asked.run_dir))} {asked.attempt}"
+    joins = "" if asked.extension is None else f" {asked.extension}"
+    return f"{python} -u -m slurm.task {shlex.quote(str(asked.run_dir))} {asked.attempt}{joins}"
 
 
 def step_args(recipe: Recipe, run_dir: Path) -> tuple[str, ...]:
@@ -165,6 +168,8 @@ def _setup(recipe: Recipe, asked: Submission) -> list[str]:
     if recipe.slurm.cpus_per_task:
         lines += [f"export SRUN_CPUS_PER_TASK={recipe.slurm.cpus_per_task}"]
     lines += [*exports(recipe), *python.setup, *recipe.cluster.setup, *recipe.slurm.setup]
+    if asked.extension is not None:
+        return lines
     lines += [
         "# `python -m launch` prepares the run directory before it submits; without it, this script does.",
         f"[ -d {shlex.quote(str(asked.folder))} ] || {{",

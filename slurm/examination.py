@@ -11,20 +11,27 @@ import contextlib
 import functools
 import logging
 import os
+import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import msgspec
 
+from launch import elastic
+from launch.elastic import Following
 from launch.plan import NIXL_PROBE_PORT, PREFLIGHT_PORT, Plan
-from launch.recipe import Kind, Launcher, Level, Recipe, When
+from launch.recipe import Kind, Launcher, Level, OnBadNode, Recipe, When
 from launch.records import RankRecord, RunDirectory
-from slurm import fabric, preflight, probe
+from slurm import exclusion, fabric, preflight, probe
 from slurm.fabric import Snapshot
 from slurm.preflight import PreflightError, Report
 from slurm.probe import Link
 
 log = logging.getLogger(__name__)
+
+# What a rank that joins waits for others to notice it, on a slow file system, before they answer its tests.
+NOTICED_S = 60.0
+AGAIN_S = 1.0
 
 
 class Waiting(Protocol):
@@ -38,7 +45,7 @@ class Waiting(Protocol):
 
 
 class Examination:
-    """What one rank does before its engines start. `sound` is set once it may start them."""
+    """What one rank does before its engines start. `sound` is set once it may start them, unless it is `left_out`."""
 
     def __init__(
         self,
@@ -53,6 +60,7 @@ class Examination:
         leads: Callable[[], bool],
     ) -> None:
         self.sound = asyncio.Event()
+        self.left_out = False
         self.buses: tuple[str, ...] = ()
         self.snapshot = Snapshot()
         self._run = run
@@ -63,6 +71,8 @@ class Examination:
         self._waiting = waiting
         self._stop = stop
         self._leads = leads
+        self._launcher = launcher
+        self._span = plan.span(record.rank)
         self._wide = preflight.between(recipe, launcher, plan)
         self._answering: asyncio.Server | None = None
 
@@ -90,8 +100,10 @@ class Examination:
         self._run.put_preflight(report.rank, msgspec.json.format(msgspec.json.encode(report)))
         if report.failed and not self._stop.is_set():  # a peer that was stopped before it began is no fault
             # The others' tests of this node are not to fail because it has gone.
-            await self._tell_verdict(recipe.preflight.timeout_s)
-            raise PreflightError(report)
+            shrink = recipe.preflight.on_bad_node is OnBadNode.EXCLUDE_AND_SHRINK and not self._span
+            await self._tell_verdict(recipe.engine.ready_timeout_s if shrink else recipe.preflight.timeout_s)
+            if not (shrink and self._goes_on()):
+                raise PreflightError(report)
         self.sound.set()
         await self._tell_verdict(recipe.engine.ready_timeout_s)
         self.close()
@@ -103,10 +115,45 @@ class Examination:
             return
         if recipe.preflight.kv is When.AUTO and not await self._decodes_elsewhere():
             return
-        port, log_path = self._record.port_base + NIXL_PROBE_PORT, self._run.log_of(self._record.attempt, "nixl-probe")
-        backend, env = recipe.cluster.nixl_backends[0], self._probe_environment()
-        async with probe.offering(self._record.address, port, backend, env, log_path):
+        async with self._offering():
             await self._waiting(self._all_reported, recipe.engine.ready_timeout_s, unless_stopped=True)
+
+    async def answer_joiners(self, following: Following) -> None:
+        """Answer the tests of ranks that join, for as long as they test and no longer; for ever."""
+        recipe, rank = self._recipe, self._record.rank
+        while True:
+            await asyncio.sleep(AGAIN_S)
+            where = following.look()
+            if not where.joined or not preflight.between(recipe, self._launcher, where) or not self.sound.is_set():
+                continue
+            if not (found := self._testing(where)):
+                continue
+            self.close()  # it may still answer the job's own ranks
+            self._answering = await probe.start(self._record.address, self._record.port_base + PREFLIGHT_PORT)
+            async with contextlib.AsyncExitStack() as around:
+                elsewhere = any(record.host != self._record.host for record in found)
+                offers = preflight.offers_kv(recipe, where, rank, preflight.nixl_installed())
+                if offers and (elsewhere or recipe.preflight.kv is When.ALWAYS):
+                    await around.enter_async_context(self._offering())
+                await self._waiting(
+                    lambda where=where: not self._testing(where),  # type: ignore[misc]  # a lambda's default has no type
+                    recipe.engine.ready_timeout_s,
+                    unless_stopped=True,
+                )
+            self.close()
+
+    def _testing(self, where: Plan) -> list[RankRecord]:
+        """The ranks of other jobs that have begun and not reported yet."""
+        others = (rank for span in where.joined for rank in range(span.first, span.first + span.ranks))
+        found = [self._peer(rank) for rank in others if where.span(rank) != self._span]
+        return [each for each in found if each and not each.ended and self._run.preflight_of(each.rank) is None]
+
+    def _offering(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """Hold a block for others to pull by NIXL."""
+        port, log_path = self._record.port_base + NIXL_PROBE_PORT, self._run.log_of(self._record.attempt, "nixl-probe")
+        return probe.offering(
+            self._record.address, port, self._recipe.cluster.nixl_backends[0], self._probe_environment(), log_path
+        )
 
     async def _report(self) -> Report:
         rank, environ = self._record.rank, dict(os.environ)
@@ -115,6 +162,7 @@ class Examination:
         report, facts = await preflight.examine(
             self._recipe, self._plan, self._record.attempt, rank, take, self._visible, test
         )
+        report.node = environ.get("SLURMD_NODENAME", "")
         self.buses = preflight.buses(facts, self._visible)
         return report
 
@@ -126,7 +174,11 @@ class Examination:
         if record is None:
             return Link(peer=peer, host="", address="", error="it did not start")
         timeout_s = recipe.preflight.timeout_s
+        deadline = time.monotonic() + (NOTICED_S if self._span and peer not in self._span else 0.0)
         link = await probe.measure(peer, record.host, record.address, record.port_base + PREFLIGHT_PORT, timeout_s)
+        while link.error and time.monotonic() < deadline and not self._stop.is_set():
+            await asyncio.sleep(AGAIN_S)
+            link = await probe.measure(peer, record.host, record.address, record.port_base + PREFLIGHT_PORT, timeout_s)
         elsewhere, installed = record.host != self._record.host, preflight.nixl_installed()
         if not link.error and preflight.moves_kv(recipe, self._plan, self._record.rank, peer, elsewhere, installed):
             port, backend = record.port_base + NIXL_PROBE_PORT, recipe.cluster.nixl_backends[0]
@@ -161,6 +213,9 @@ class Examination:
 
     def _all_reported(self) -> bool:
         """The head counts the reports, the others look for what it makes of them: one file for each, not all for all."""
+        if self._span:
+            others = range(self._span.first, self._span.first + self._span.ranks)
+            return all(self._run.preflight_of(rank) is not None for rank in others)
         if not self._leads():
             return self._run.preflight_file.exists()
         return self._run.preflights_written() == self._plan.ranks
@@ -171,5 +226,28 @@ class Examination:
         if not self._leads() or not self._all_reported():
             return
         reports = [msgspec.json.decode(content, type=Report) for content in self._run.preflights()]
+        if self._recipe.preflight.on_bad_node is OnBadNode.EXCLUDE_AND_SHRINK:
+            self._exclude(reports)
         self._run.put_preflight(None, msgspec.json.format(msgspec.json.encode(reports)))
         log.info("preflight:\n%s", preflight.table(reports))
+
+    def _exclude(self, reports: list[Report]) -> None:
+        """Take the engines of unfit nodes out of the deployment, if it can go on without them."""
+        bad = exclusion.bad_ranks(reports, self._recipe)
+        why_not = exclusion.cannot_go_on(bad, self._plan)
+        if why_not:
+            log.error("%s: %s", why_not, "; ".join(bad.values()))
+            return
+        for rank, reason in bad.items():
+            log.warning("going on without rank %d: %s", rank, reason)
+            for member in self._plan.on(rank):
+                elastic.leave(self._run, self._record.attempt, member.engine, reason, lost=True)
+
+    def _goes_on(self) -> bool:
+        """Whether the deployment goes on though this node failed a test: the same result as rank 0's, from the same reports."""
+        content = self._run.preflight()
+        if content is None:
+            return False
+        bad = exclusion.bad_ranks(msgspec.json.decode(content, type=list[Report]), self._recipe)
+        self.left_out = self._record.rank in bad  # rank 0's files that say so may be seen later
+        return exclusion.cannot_go_on(bad, self._plan) is None

@@ -144,7 +144,7 @@ def submit(launcher: Launcher, recipe: Recipe, plan: Plan, asked: Submission) ->
     """
     folder, run_dir = asked.folder, asked.run_dir
     if launcher is Launcher.DEBUG:
-        return submitit.DebugExecutor(folder).submit(task.run, str(run_dir))
+        return submitit.DebugExecutor(folder).submit(task.run, str(run_dir), asked.extension)
     if launcher is Launcher.LOCAL:
         local = submitit.LocalExecutor(folder)
         local.update_parameters(
@@ -154,14 +154,14 @@ def submit(launcher: Launcher, recipe: Recipe, plan: Plan, asked: Submission) ->
             gpus_per_node=plan.slots_per_node if recipe.engine.device == "cuda" else 0,
         )
         with _shielded_children(folder / "controller.out"):
-            return local.submit(task.run, str(run_dir))
+            return local.submit(task.run, str(run_dir), asked.extension)
     if launcher is Launcher.ALLOCATION:
         return _step(recipe, plan, asked)
     executor = SlurmExecutor(folder, batch.script(recipe, plan, asked), asked.begin_in_s)
     executor.update_parameters(**batch.parameters(recipe, plan, asked))
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what sbatch says; the error below repeats it
-            return executor.submit(task.run, str(run_dir))
+            return executor.submit(task.run, str(run_dir), asked.extension)
     except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
         raise SubmitError(f"sbatch refused the job: {_said(error)}") from error
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from launch.elastic import Following, short_of
 from launch.errors import DeploymentError
 from launch.plan import FRONTEND_PORT, Plan, shared_port
 from launch.recipe import Launcher, Recipe
@@ -52,6 +53,8 @@ class Overseer:
         self._rank = rank
         self._head = head
         self._heard = heard
+        self._following = Following(run, recipe, job.attempt)
+        self._served: set[str] = set()
         self._was_ready = False
         self._withheld = False
         self._begun = time.monotonic()
@@ -110,7 +113,8 @@ class Overseer:
         if self._run.stop_file.exists():
             self._stop.set()
         ranks = self._run.ranks(self._job.attempt)
-        if any(record.failure for record in ranks.values()):
+        self._plan = self._following.look()  # after the records: what they say of members that have left is not missed
+        if any(record.failure for rank, record in ranks.items() if rank < self._plan.ranks):
             self._stop.set()
         absent = sorted(set(range(self._plan.ranks)) - set(ranks))
         if absent and time.monotonic() - self._begun > self._recipe.engine.ready_timeout_s:
@@ -127,13 +131,26 @@ class Overseer:
             return Phase.DRAINING
         heard = [record for record in ranks.values() if not self._heard.silent(record.rank)]
         states = {name: member.state for record in heard for name, member in record.members.items()}
-        names = [*(member.name for member in self._plan.members), *frontends_on(self._plan, self._rank)]
+        self._served |= {name for name, state in states.items() if state is State.READY}
+        names = (*self._expected(), *frontends_on(self._plan, self._rank))
         whole = all(states.get(name) is State.READY for name in names)
         if not whole:
             return Phase.DEGRADED if self._was_ready else Phase.STARTING
         if not self._was_ready:
             self._was_ready = await self._routed()
+        if self._was_ready and self._short():
+            return Phase.DEGRADED
         return Phase.READY if self._was_ready else Phase.STARTING
+
+    def _expected(self) -> list[str]:
+        """Members that have to be ready: those of the job, and of the extensions those that have been."""
+        members = self._plan.members
+        return [m.name for m in members if m.rank < self._plan.ranks or m.name in self._served]
+
+    def _short(self) -> bool:
+        """Whether an engine was lost and no other serves in its place."""
+        serving = {m.engine for m in self._plan.members if m.name in self._served}
+        return bool(short_of(self._following.gone.values(), self._following.joined, serving))
 
     async def _routed(self) -> bool:
         """Whether every frontend says that it can answer and misses nobody."""

@@ -70,6 +70,8 @@ class Report(msgspec.Struct, kw_only=True):
     findings: list[Finding]
     links: list[Link]
     seconds: float
+    node: str = ""
+    """Slurm's name of the node, where it has one."""
 
     @property
     def failed(self) -> list[Finding]:
@@ -211,7 +213,7 @@ def peers(plan: Plan, rank: int) -> tuple[int, ...]:
 
 def between(recipe: Recipe, launcher: Launcher, plan: Plan) -> bool:
     """Whether there is something to test between nodes: ranks that are processes of one machine are not asked."""
-    wide = launcher in (Launcher.SLURM, Launcher.ALLOCATION) and plan.ranks > 1
+    wide = launcher in (Launcher.SLURM, Launcher.ALLOCATION) and plan.ranks + len(plan.joined) > 1
     return wide and recipe.preflight.level is Level.FULL
 
 

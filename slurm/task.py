@@ -26,19 +26,27 @@ def main() -> int:
     """Be the agent of this task of a Slurm step; 0 when its part of the deployment ended well."""
     signals.hold()
     os.umask(0o077)  # as in `run`
+    from launch.elastic import plan_of
     from launch.errors import LaunchError
-    from launch.plan import check_hosts, plan
+    from launch.plan import check_hosts
     from launch.records import RunDirectory
     from slurm import agent
     from workers.runtime.logs import set_up_logging
 
     rank = int(os.environ.get("SLURM_PROCID", "0"))
-    set_up_logging(f"rank {rank}")
+    directory, attempt = RunDirectory(Path(sys.argv[1])), int(sys.argv[2])
+    number = int(sys.argv[3]) if len(sys.argv) > 3 else None
+    set_up_logging(f"rank {rank}" if number is None else f"extension {number}, rank {rank}")
     try:
-        directory = RunDirectory(Path(sys.argv[1]))
-        job_id = _await_own(directory, int(sys.argv[2]), os.environ, SHARED_AFTER_S)
         recipe = directory.recipe()
-        check_hosts(plan(recipe), hosts(os.environ), recipe.cluster)
+        if number is None:
+            job_id = _await_own(directory, attempt, os.environ, SHARED_AFTER_S)
+            where = plan_of(directory, recipe, attempt)
+        else:
+            job_id = os.environ.get("SLURM_JOB_ID", "")
+            rank += first_rank(directory, attempt, number, job_id)
+            where = plan_of(directory, recipe, attempt).part(number)
+        check_hosts(where, hosts(os.environ), recipe.cluster)
         agent.main(directory, [rank], f"{recipe.name}/{job_id}")
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -86,8 +94,33 @@ def _await_own(directory: RunDirectory, attempt: int, environ: Mapping[str, str]
         time.sleep(0.2)
 
 
-def run(run_dir: str) -> None:
-    """Be the agent of this task's rank, or with the debug executor of all ranks."""
+def first_rank(
+    directory: RunDirectory, attempt: int, number: int, job_id: str, timeout_s: float = SHARED_AFTER_S
+) -> int:
+    """The first rank of an extension, once the run directory has it.
+
+    Raises:
+        LaunchError: The deployment is not there any more, or has another attempt, or the extension is another job's.
+    """
+    import time
+
+    from launch.elastic import joining
+    from launch.errors import LaunchError
+
+    deadline = time.monotonic() + timeout_s
+    while (found := joining(directory, attempt, number)) is None:
+        if time.monotonic() > deadline:  # a network file system may show an older state for a while
+            raise LaunchError(
+                f"{directory.path} has no extension {number} of attempt {attempt}: the deployment that it was to join has ended"
+            )
+        time.sleep(0.2)
+    if job_id and found.job and found.job != job_id:
+        raise LaunchError(f"extension {number} of {directory.name} is job {found.job}, and this is job {job_id}")
+    return found.extension.first_rank
+
+
+def run(run_dir: str, extension: int | None = None) -> None:
+    """Be the agent of this task's rank, or with the debug executor of all ranks; of an extension where one is named."""
     from submitit import JobEnvironment
 
     from launch.plan import plan
@@ -103,11 +136,15 @@ def run(run_dir: str) -> None:
         return
     signals.hold()  # instead of submitit's handlers, which ignore SIGTERM
     environment = JobEnvironment()
+    rank = environment.global_rank
+    if extension is not None:
+        job = directory.job()
+        rank += first_rank(directory, job.attempt if job else 0, extension, "")
     # The terminal's signals are for the launching command alone; it tells the agents what they mean.
     with contextlib.suppress(PermissionError):
         os.setsid()
-    set_up_logging(f"rank {environment.global_rank}")
-    agent.main(directory, [environment.global_rank], f"{recipe.name}/{environment.job_id}")
+    set_up_logging(f"rank {rank}")
+    agent.main(directory, [rank], f"{recipe.name}/{environment.job_id}")
 
 
 def hosts(environ: Mapping[str, str]) -> list[str]:

@@ -18,7 +18,7 @@ import msgspec
 import pytest
 
 from launch.compose import read
-from launch.errors import ConfigError, LaunchError
+from launch.errors import LaunchError
 from launch.plan import plan
 from launch.recipe import Recipe
 from slurm import fabric, gpus, preflight, probe
@@ -165,12 +165,6 @@ def test_gpus_are_those_that_the_rank_was_given() -> None:
     assert [state.index for state in gpus.given(states, ("1", "0"))] == [1, 0]
     assert [state.index for state in gpus.given(states, (states[1].uuid,))] == [1]
     assert gpus.cuda_version(PAGE) == "12.6"
-
-
-def test_other_ways_than_failing_are_refused_until_they_are_there() -> None:
-    """Clearly, before the queue."""
-    with pytest.raises(ConfigError, match="on_bad_node=exclude_and_shrink is not served yet: use fail"):
-        recipe("preflight.on_bad_node=exclude_and_shrink")
 
 
 # --- over real sockets ----------------------------------------------------------------------------------------------

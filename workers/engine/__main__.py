@@ -22,8 +22,9 @@ import uvloop
 import zmq
 from prometheus_client import CollectorRegistry
 
+from launch.elastic import plan_of
 from launch.errors import LaunchError
-from launch.plan import Member, Plan, dp_ranks, plan
+from launch.plan import Member, Plan, dp_ranks
 from launch.recipe import Backend, Executor, Kind, Recipe, Role
 from launch.records import Control, RunDirectory
 from slurm import shield
@@ -68,7 +69,7 @@ def main() -> int:
     recipe, job, control = run.recipe(), run.job(), run.control()
     if job is None or control is None:
         raise SystemExit(f"{run.path} has no running deployment: its job.json or control.json is missing")
-    where = plan(recipe)
+    where = plan_of(run, recipe, job.attempt)
     member = where.member(name)
     known = places(run.ranks(job.attempt))
     role = role_of(recipe, member)

@@ -22,6 +22,7 @@ from typing import Any
 
 import uvloop
 
+from launch.elastic import Following
 from launch.errors import ConfigError, LaunchError
 from launch.plan import FRONTEND_PORT, plan, shared_port
 from launch.recipe import Kind, Recipe, RouterMode
@@ -218,7 +219,7 @@ async def serve(
     )
     commander = Commander(control, recipe.name, name)
     app.admin = Admin(
-        plan(recipe),
+        Following(RunDirectory(folder), recipe, control.attempt).look,
         commander,
         lambda member: links.by_member(member) is not None,
         keys,

@@ -65,18 +65,23 @@ class Admin:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: Callable[[], Plan],
         asks: Asks,
         registered: Callable[[str], bool],
         keys: KeyRing,
         drain_s: float,
     ) -> None:
-        self._members = {member.name: member for member in plan.members if member.leader}
+        self._plan = plan
         self._asks = asks
         self._registered = registered
         self._keys = keys
         self._drain_s = drain_s
         self.gate: Gate | None = None
+
+    @property
+    def _members(self) -> dict[str, Member]:
+        """Those who can be asked, by name: members join and leave."""
+        return {member.name: member for member in self._plan().members if member.leader}
 
     def owns(self, path: str) -> bool:
         """Whether a path is one of these routes."""
