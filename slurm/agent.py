@@ -22,6 +22,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 import zmq
 
 from launch.errors import DeploymentError, LaunchError
@@ -33,6 +34,7 @@ from slurm.batch import notice_s
 from slurm.examination import Examination
 from slurm.overseer import Overseer
 from slurm.places import Place
+from slurm.staging import Staging
 from slurm.supervise import Command, Supervised
 from slurm.together import Together
 from workers.control import servers
@@ -162,6 +164,7 @@ class Agent:
         self._examination = Examination(
             run, recipe, where, job.launcher, self._record, self._devices(), self._wait_for, stop
         )
+        self._staging = Staging(run, recipe, where, self._record, os.environ, self._wait_for, stop, self._note_staging)
 
     def kill(self) -> None:
         """End every child at once."""
@@ -223,6 +226,7 @@ class Agent:
         limit_s = self._recipe.engine.ready_timeout_s + 2 * self._recipe.preflight.timeout_s
         if not await self._wait_for(self._examination.sound.is_set, limit_s, unless_stopped=True):
             raise DeploymentError(f"the preflight of rank {self._rank} did not end: see its log")
+        await self._staging.run()
         frontends = [self._frontend(name) for name in self._plan.frontends] if self._rank == 0 else []
         leaders: list[Supervised] = []
         followers: list[tuple[Member, Supervised]] = []
@@ -308,7 +312,9 @@ class Agent:
         mine = tuple(buses[slot] for slot in member.slots if slot < len(buses))
         told = fabric.environment(self._examination.snapshot, self._recipe.cluster, self._record.address, mine)
         told = fabric.unless_told(told, os.environ)
-        invocation = commands.engine(self._recipe, member, self._run.path, place, self._devices(), told)
+        invocation = commands.engine(
+            self._recipe, member, self._run.path, place, self._devices(), told, self._staging.path
+        )
         together = None
         if member.nodes > 1:
             others = self._plan.members_of(member.engine)
@@ -478,6 +484,14 @@ class Agent:
         if together:
             record.generation, record.asked = together.generation, together.asked
         self._record.members[name] = record
+
+    def _note_staging(self, detail: str) -> None:
+        """How far the model is on its way to this node, beside each member that waits for it."""
+        for member in self._plan.on(self._rank):
+            record = self._record.members[member.name]
+            if record.detail != detail:
+                self._record.members[member.name] = msgspec.structs.replace(record, detail=detail)
+        self._save()
 
     def _note_generation(self, name: str) -> None:
         record, together = self._record.members[name], self._together[name]
