@@ -57,7 +57,8 @@ class RolesConf:
 class ModelConf:
     path: str = MISSING
     """Folder of the weights and tokenizer, the same path on every node. A model that the project makes itself is written
-    tiny:<folder>, or tiny-vision:<folder> for one that sees images; it is created there when it is missing."""
+    tiny:<folder>, or tiny-vision:<folder> for one that sees images; it is created there when it is missing. A snapshot in
+    this user's cache of Hugging Face is written hf:<owner>/<name>@<revision>; without a revision it is what main is now."""
     name: str | None = None
     """Name that clients send as "model"; by default the last part of the path."""
 
@@ -376,6 +377,15 @@ class HandoverConf:
 
 
 @dataclass
+class WeightsConf:
+    stage: str = "none"
+    """How the model comes to the nodes before engines start: none (engines read model.path), local (every node copies it
+    to cluster.local_scratch, once), broadcast (the nodes read it once, all together, and pass it on to each other)."""
+    transport: str = "auto"
+    """What a broadcast goes over: auto (MPI where mpi4py and MPICH's mpiexec.hydra are, else sockets), or sockets."""
+
+
+@dataclass
 class Config:
     name: str = MISSING
     """Name of the deployment; its files are in <runs_dir>/<name>."""
@@ -390,6 +400,7 @@ class Config:
     slurm: SlurmConf = field(default_factory=SlurmConf)
     environment: EnvironmentConf = field(default_factory=EnvironmentConf)
     preflight: PreflightConf = field(default_factory=PreflightConf)
+    weights: WeightsConf = field(default_factory=WeightsConf)
     handover: HandoverConf = field(default_factory=HandoverConf)
     chain: Any = None
     """Serve past the time limit, as a row of jobs that take over from each other: how many (3), or until when

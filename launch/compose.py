@@ -47,10 +47,13 @@ from launch.recipe import (
     Role,
     RouterMode,
     Security,
+    Stage,
     Standby,
     Tiny,
     Tokenize,
+    Transport,
     Wait,
+    Weights,
     When,
 )
 from launch.records import NAME
@@ -60,6 +63,7 @@ from workers.engine.model import read_shape
 E = TypeVar("E", bound=StrEnum)
 GROUPS = ("recipe", "cluster")
 TINY = {"tiny:": Tiny.TEXT, "tiny-vision:": Tiny.VISION}
+HUGGING_FACE = "hf:"
 FREE_FORM = re.compile(r"\.(args|env|sbatch)\.")
 
 
@@ -117,10 +121,16 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
         raise ConfigError(f"name={written.name!r} cannot name a folder: use letters, digits, '_', '-' and '.'")
     _refuse_missing(written)
     prefix = next((prefix for prefix in TINY if written.model.path.startswith(prefix)), "")
-    path = Path(written.model.path.removeprefix(prefix)).expanduser().absolute()
+    cached = written.model.path.startswith(HUGGING_FACE)
+    path = (
+        snapshot(written.model.path)
+        if cached
+        else Path(written.model.path.removeprefix(prefix)).expanduser().absolute()
+    )
+    name = written.model.path.removeprefix(HUGGING_FACE).partition("@")[0] if cached else path.name
     recipe = Recipe(
         name=written.name,
-        model=Model(path=str(path), name=written.model.name or path.name, tiny=TINY.get(prefix)),
+        model=Model(path=str(path), name=written.model.name or name, tiny=TINY.get(prefix)),
         roles=tuple(
             Role(kind=kind, **_fields(role, executor=word(Executor, f"roles.{kind}.executor", role.executor)))
             for kind in Kind
@@ -171,6 +181,10 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
             )
         ),
         handover=Handover(**_fields(written.handover)),
+        weights=Weights(
+            stage=word(Stage, "weights.stage", written.weights.stage),
+            transport=word(Transport, "weights.transport", written.weights.transport),
+        ),
     )
     check_engines(recipe, read_shape(path))
     return Launch(
@@ -182,6 +196,26 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
         overrides=overrides,
         chain=parsed(written.chain),
     )
+
+
+def snapshot(written: str) -> Path:
+    """The folder of `hf:OWNER/NAME[@REVISION]` in the cache of Hugging Face: a commit's, so that it never changes.
+
+    Raises:
+        ConfigError: It is not there; nothing is fetched here, as weights take hours and belong on a transfer node.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    repository, _, revision = written.removeprefix(HUGGING_FACE).partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError, ValueError) as error:
+        more = f" --revision {revision}" if revision else ""
+        raise ConfigError(
+            f"model.path={written} is not in the cache of Hugging Face ({type(error).__name__}): fetch it with "
+            f"`hf download {repository}{more}`, with HF_HOME as it is here"
+        ) from error
 
 
 def _cluster(written: schema.ClusterConf) -> Cluster:

@@ -144,6 +144,21 @@ class OnLostNode(StrEnum):
     EXTRA_JOB = "extra_job"
 
 
+class Stage(StrEnum):
+    """How the model comes to the nodes: not at all, copied by each, or read once and sent from node to node."""
+
+    NONE = "none"
+    LOCAL = "local"
+    BROADCAST = "broadcast"
+
+
+class Transport(StrEnum):
+    """What carries a broadcast: MPI where it can be started and else sockets, or always sockets."""
+
+    AUTO = "auto"
+    SOCKETS = "sockets"
+
+
 class When(StrEnum):
     """Whether something optional is done."""
 
@@ -542,6 +557,14 @@ class Handover:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """How the model comes to the nodes."""
+
+    stage: Stage = Stage.NONE
+    transport: Transport = Transport.AUTO
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """A deployment as decided by its user: everything that the plan, the job and the members are computed from."""
 
@@ -558,6 +581,7 @@ class Recipe:
     environment: Environment = Environment()
     preflight: Preflight = Preflight()
     handover: Handover = Handover()
+    weights: Weights = Weights()
 
     def __post_init__(self) -> None:
         kinds = {role.kind for role in self.roles}
@@ -569,6 +593,11 @@ class Recipe:
             raise ConfigError("the recipe has decode engines but none that prefill: add roles.prefill.replicas=1")
         if self.disaggregated:
             self._refuse_unequal()
+        if self.weights.stage is not Stage.NONE and self.cluster.local_scratch is None:
+            raise ConfigError(
+                f"weights.stage={self.weights.stage} needs cluster.local_scratch=<folder on a disk of each node's own, or in "
+                f"its memory>, which cluster {self.cluster.name!r} does not name: $TMPDIR or /tmp, on many machines"
+            )
         if Kind.ENCODE in kinds and not kinds & {Kind.PREFILL, Kind.AGGREGATED}:
             raise ConfigError(
                 "the recipe has encode engines but none that answer: add roles.aggregated, or roles.prefill and roles.decode"

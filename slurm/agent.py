@@ -22,6 +22,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from launch.elastic import Following
 from launch.errors import DeploymentError, LaunchError
 from launch.plan import Member, Plan
@@ -38,6 +40,7 @@ from slurm.losses import Losses
 from slurm.overseer import Overseer
 from slurm.places import Place
 from slurm.spare import Spare
+from slurm.staging import Staging
 from slurm.succession import Succession
 from slurm.supervise import Command, Supervised
 from slurm.together import Together
@@ -189,6 +192,7 @@ class Agent:
         self._examination = Examination(
             run, recipe, where, job.launcher, self._record, self._devices(), self._wait_for, stop, self._is_head
         )
+        self._staging = Staging(run, recipe, where, self._record, os.environ, self._wait_for, stop, self._note_staging)
 
     @property
     def leads(self) -> bool:
@@ -270,6 +274,8 @@ class Agent:
         limit_s = self._recipe.engine.ready_timeout_s + 2 * self._recipe.preflight.timeout_s
         if not await self._wait_for(self._examination.sound.is_set, limit_s, unless_stopped=True):
             raise DeploymentError(f"the preflight of rank {self._rank} did not end: see its log")
+        if not self._examination.left_out:
+            await self._staging.run()
         keeping = []
         if self._rank in self._control_ranks:
             for name in frontends_on(self._plan, self._rank):
@@ -483,7 +489,9 @@ class Agent:
         mine = tuple(buses[slot] for slot in member.slots if slot < len(buses))
         told = fabric.environment(self._examination.snapshot, self._recipe.cluster, self._record.address, mine)
         told = fabric.unless_told(told, os.environ)
-        invocation = commands.engine(self._recipe, member, self._run.path, place, self._devices(), told)
+        invocation = commands.engine(
+            self._recipe, member, self._run.path, place, self._devices(), told, self._staging.path
+        )
         together = None
         if member.nodes > 1:
             others = self._plan.members_of(member.engine)
@@ -669,6 +677,14 @@ class Agent:
         if together:
             record.generation, record.asked = together.generation, together.asked
         self._record.members[name] = record
+
+    def _note_staging(self, detail: str) -> None:
+        """How far the model is on its way to this node, beside each member that waits for it."""
+        for member in self._plan.on(self._rank):
+            record = self._record.members[member.name]
+            if record.detail != detail:
+                self._record.members[member.name] = msgspec.structs.replace(record, detail=detail)
+        self._save()
 
     def _note_generation(self, name: str) -> None:
         record, together = self._record.members[name], self._together[name]

@@ -12,6 +12,8 @@ from launch.recipe import Recipe
 from slurm.limit import ENDS_AT
 from workers.engine.arguments import Place, engine_environment
 
+MODEL_PATH = "BATON_MODEL_PATH"
+
 
 @dataclass(frozen=True, slots=True)
 class Invocation:
@@ -28,13 +30,16 @@ def engine(
     place: Place,
     visible: Sequence[str] | None = None,
     fabric: Mapping[str, str] | None = None,
+    model: str | None = None,
 ) -> Invocation:
     """The process of an engine member; its slots count within `visible`, the GPUs that the rank was given.
 
-    `fabric` is what its libraries are told of the node's network; the recipe's own environment wins over it.
+    `fabric` is what its libraries are told of the node's network; the recipe's own environment wins over it. `model` is the
+    node's own copy of the model, if it has one.
     """
+    own = {MODEL_PATH: model} if model is not None and model != recipe.model.path else {}
     argv = (sys.executable, "-m", "workers.engine", str(run_dir), member.name)
-    return Invocation(argv, {**(fabric or {}), **engine_environment(recipe, member, place, visible)})
+    return Invocation(argv, {**(fabric or {}), **own, **engine_environment(recipe, member, place, visible)})
 
 
 def frontend(name: str, run_dir: Path, ends_at: float | None = None) -> Invocation:

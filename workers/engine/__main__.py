@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from launch.recipe import Backend, Executor, Kind, Recipe, Role
 from launch.records import Control, RunDirectory
 from slurm import shield
 from slurm.children import report
+from slurm.commands import MODEL_PATH
 from slurm.places import Place, places
 from slurm.together import GENERATION
 from workers.engine import connectors, kv, orphans, ray_cluster
@@ -67,6 +69,8 @@ def main() -> int:
     set_up_logging(name)
     orphans.die_with(os.getpid())
     recipe, job, control = run.recipe(), run.job(), run.control()
+    # Where this node has a copy of the model of its own (slurm.staging).
+    recipe = replace(recipe, model=replace(recipe.model, path=os.environ.get(MODEL_PATH, recipe.model.path)))
     if job is None or control is None:
         raise SystemExit(f"{run.path} has no running deployment: its job.json or control.json is missing")
     where = plan_of(run, recipe, job.attempt)
