@@ -146,6 +146,7 @@ def planted(folder: Path, model: Path, policy: str, *bad: str) -> tuple[str, ...
 
 
 @pytest.mark.slurm
+@pytest.mark.nightly
 def test_a_deployment_goes_on_without_a_bad_node_and_says_so(
     tmp_path: Path, tiny_model: Path, cluster: SlurmCluster
 ) -> None:
