@@ -22,11 +22,16 @@ SHAPES = {
     "slurm-1p1d": ("+recipe=tiny_disagg", "cluster=slurm_cpu", "cluster.interface=lo", "slurm.cpus_per_task=2"),
     "slurm-2p2d": ("+recipe=tiny_2p2d", "cluster=slurm_cpu", "cluster.interface=lo", "slurm.cpus_per_task=2"),
 }
+# Each launcher and each shape is there without these two; only their other combination is not.
+NIGHTLY = ("local-2p2d", "slurm-1p1d")
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=pytest.mark.slurm if "slurm" in name else ()) for name in SHAPES]
-)
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    """What a shape needs, and when it runs."""
+    return [pytest.mark.slurm] * ("slurm" in name) + [pytest.mark.nightly] * (name in NIGHTLY)
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=marks(name)) for name in SHAPES])
 def deployment(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, reference: Reference
 ) -> Iterator[Deployment]:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import pytest
 
 from launch.plan import PORT_BLOCK
 from launch.records import Phase, RunDirectory
-from tests.deployments import command, deployed, processes_of, start
+from tests.deployments import Deployment, command, deployed, processes_of, start
 from tests.reference import complete
 from tests.slurm_cluster import SlurmCluster
 
@@ -211,18 +211,47 @@ def test_a_closed_terminal_leaves_the_deployment_running(tmp_path: Path, tiny_mo
         assert processes_of(running.run) == {}
 
 
-@pytest.mark.parametrize("victim", ["nats", "etcd", "frontend-0", "decode-0"])
-def test_a_killed_child_comes_back_by_itself(tmp_path: Path, tiny_model: Path, victim: str) -> None:
-    """Under another pid, and requests are served as long as another worker is left."""
-    with deployed(tmp_path, *ECHO, f"model.path=tiny:{tiny_model}", name="mended") as running:
-        before = running.pids()[victim]
-        os.kill(before, signal.SIGKILL)
-        until(lambda: running.pids()[victim] not in (before, 0) and running.run.endpoint().state is Phase.READY)  # type: ignore[union-attr]
-        until(lambda: _serves(running.endpoint.url, running.run.api_key()))
-        states = json.loads(operator(tmp_path, "status", "mended", "--json").stdout)["members"]
+@pytest.fixture(scope="module")
+def mended(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Deployment]:
+    """A deployment whose children are killed, each once."""
+    with deployed(tmp_path_factory.mktemp("mended"), *ECHO, f"model.path=tiny:{tiny_model}", name="mended") as running:
+        yield running
 
-        assert states[victim]["restarts"] == 1
-        assert complete(running.client, "after it", False).completion_tokens == 40
+
+@pytest.mark.parametrize("victim", ["nats", "etcd", "decode-0", "frontend-0"])
+def test_a_killed_child_comes_back_by_itself(mended: Deployment, victim: str) -> None:
+    """Under another pid, and requests are served as long as another worker is left."""
+    before = mended.pids()[victim]
+    os.kill(before, signal.SIGKILL)
+    until(lambda: mended.pids()[victim] not in (before, 0) and mended.run.endpoint().state is Phase.READY)  # type: ignore[union-attr]
+    until(lambda: _serves(mended.endpoint.url, mended.run.api_key()))
+    states = json.loads(operator(mended.run.path.parent.parent, "status", "mended", "--json").stdout)["members"]
+
+    assert states[victim]["restarts"] == 1
+    assert complete(mended.client, "after it", False).completion_tokens == 40
+
+
+def test_a_process_that_waits_takes_a_killed_frontends_place(mended: Deployment) -> None:
+    """It has imported everything before: the new frontend is no new process."""
+    before = mended.pids()["frontend-0"]
+    waiting = until_waiting(mended)
+    os.kill(before, signal.SIGKILL)
+    until(lambda: mended.pids()["frontend-0"] == waiting and _serves(mended.endpoint.url, mended.run.api_key()))
+
+    assert complete(mended.client, "after it", False).completion_tokens == 40
+
+
+def until_waiting(running: Deployment) -> int:
+    """The frontend process that is no member yet, once there is one."""
+    found: set[int] = set()
+
+    def there() -> bool:
+        frontends = {pid for pid, line in processes_of(running.run).items() if "-m workers.frontend" in line}
+        found.update(frontends - set(running.pids().values()))
+        return bool(found)
+
+    until(there, 60)
+    return found.pop()
 
 
 def test_requests_are_served_while_the_control_plane_is_away(tmp_path: Path, tiny_model: Path) -> None:

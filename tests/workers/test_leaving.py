@@ -104,3 +104,19 @@ def test_a_second_sigterm_ends_the_process_at_once() -> None:
 
     assert code == TOLD_TWICE
     assert time.monotonic() - asked < 2
+
+
+def test_a_worker_that_leaves_runs_what_was_registered_for_its_end() -> None:
+    """And nothing of the interpreter's own end, which is long once vLLM is loaded: `__del__` stands for it here."""
+    code = (
+        "import atexit, sys\n"
+        "from workers.engine.leaving import leave\n"
+        "class Loaded:\n"
+        "    def __del__(self): print('taken apart')\n"
+        "loaded = Loaded()\n"
+        "atexit.register(print, 'flushed')\n"
+        "leave(3)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+
+    assert (done.returncode, done.stdout) == (3, "flushed\n")

@@ -40,7 +40,7 @@ from workers.engine.checks import check_engines
 from workers.engine.follower import follow
 from workers.engine.health import OperatorGate, Pulse, Standing, Watch
 from workers.engine.kept_adapters import KeptAdapters
-from workers.engine.leaving import Stop, leave_at_once, time_for_pulls, until_pulled, until_stopped
+from workers.engine.leaving import Stop, leave, leave_at_once, time_for_pulls, until_pulled, until_stopped
 from workers.engine.metrics import Canaries, Labelled, WorkerFamilies
 from workers.engine.model import read_shape
 from workers.engine.operations import operated
@@ -292,4 +292,4 @@ def card_of(recipe: Recipe, member: Member, place: Place, engine: Engine) -> Car
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
