@@ -123,7 +123,7 @@ class Recorded:
 def recorded(model: Path, folder: Path, seed: int, count: int) -> Recorded:
     """Ask plain vLLM for that many different answers; its server is ended before this returns."""
     supply = Asks(model, seed)
-    greedy = {"temperature": 0, "ignore_eos": True}
+    greedy = {"temperature": 0, "ignore_eos": True, "n": 1}  # vLLM refuses several greedy answers to one prompt
     asks = [supply.next() for _ in range(count)]
     with plain_vllm(model, folder) as base, httpx.Client(base_url=base, timeout=120) as client:
 
@@ -133,11 +133,11 @@ def recorded(model: Path, folder: Path, seed: int, count: int) -> Recorded:
                 **{key: ask.body[key] for key in ask.body if not key.startswith("stream")},
                 **greedy,
             }
-            answer = client.post(ask.path, json={**body, "n": 1}).raise_for_status().json()
+            answer = client.post(ask.path, json=body).raise_for_status().json()
             choice = answer["choices"][0]
             text = choice["text"] if "text" in choice else choice["message"]["content"]
             prompt_tokens = answer["usage"]["prompt_tokens"]
-            return replace(ask, body=body, answers=(text,) * body["n"], prompt_tokens=prompt_tokens)
+            return replace(ask, body=body, answers=(text,), prompt_tokens=prompt_tokens)
 
         with ThreadPoolExecutor(8) as pool:
             return Recorded(pool.map(answered, asks), seed)
