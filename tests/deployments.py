@@ -137,3 +137,15 @@ def processes_of(run: RunDirectory) -> dict[int, str]:
             if mark in line or mark in (entry / "environ").read_bytes():
                 found[int(entry.name)] = line.replace(b"\0", b" ").decode(errors="replace")[:200]
     return found
+
+
+def children(pid: int) -> dict[str, int]:
+    """The children of a process, by the names that vLLM gives its processes."""
+    found: dict[str, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                if parent == pid:
+                    found[(entry / "cmdline").read_bytes().split(b"\0")[0].decode().strip()] = int(entry.name)
+    return found

@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 
-from tests.chaos.asks import Ask, Asks, Behaviour
+from tests.chaos.asks import Ask, Behaviour, Supply
 
 # Without any byte of the answer: how long a slow reader takes over what he has is his own affair.
 DEADLINE_S = 40.0
@@ -48,7 +48,7 @@ class Tally:
 class Clients:
     """Many clients against several frontends; `was_down(url, since)` says whether one was down at any time since then."""
 
-    def __init__(self, asks: Asks, urls: Sequence[str], key: str, was_down: Callable[[str, float], bool]) -> None:
+    def __init__(self, asks: Supply, urls: Sequence[str], key: str, was_down: Callable[[str, float], bool]) -> None:
         self.tally = Tally()
         self._asks = asks
         self._urls = urls

@@ -21,12 +21,10 @@ from dataclasses import dataclass, field
 import aiohttp
 
 from launch.records import RunDirectory, State
-from tests.deployments import Deployment
+from tests.deployments import Deployment, children
 from workers.runtime.etcd import Etcd, EtcdError
 from workers.runtime.registry import prefix
 
-# What dies again and again is started after up to 30 s, and starts slowly on a busy machine.
-WHOLE_S = 90.0
 POLL_S = 0.1
 
 
@@ -55,9 +53,11 @@ class Ledger:
 class Faults:
     """The faults that can be done to one deployment, at random moments and to random victims."""
 
-    def __init__(self, running: Deployment, seed: int) -> None:
+    def __init__(self, running: Deployment, seed: int, whole_s: float = 90.0, cores: bool = False) -> None:
+        """Make them; `cores` are vLLM's engine cores, which then are broken too."""
         self.ledger = Ledger()
         self._running = running
+        self._whole_s = whole_s
         self._rng = random.Random(seed)
         self._workers = [name for name in running.pids() if name.startswith(("prefill", "decode", "aggregated"))]
         self._urls = [url.removesuffix("/v1") for url in running.endpoint.urls]
@@ -67,6 +67,9 @@ class Faults:
             "stop a worker with SIGTERM": self._terminate_worker,
             "freeze a worker": self._freeze_worker,
         }
+        if cores:
+            self.on_workers["kill an engine core"] = self._kill_core
+            self.on_workers["freeze an engine core"] = self._freeze_core
         if can_cut():
             self.on_workers["cut the connections of a worker"] = self._cut_worker
         self.on_others: dict[str, Callable[[], Awaitable[str]]] = {
@@ -114,6 +117,20 @@ class Faults:
             os.kill(before[victim], signum)
         await self._until(lambda: all(self._reborn(victim, before[victim]) for victim in victims), " ".join(victims))
         return " and ".join(victims)
+
+    async def _kill_core(self) -> str:
+        """The worker notices, and ends for its agent to start it again."""
+        victim = self._rng.choice(self._killable)
+        before = self._running.pids()[victim]
+        os.kill(self._core(victim), signal.SIGKILL)
+        await self._until(lambda: self._reborn(victim, before), victim)
+        return victim
+
+    async def _freeze_core(self) -> str:
+        victim = self._rng.choice(self._workers)
+        with frozen([self._core(victim)]):
+            await asyncio.sleep(self._rng.choice((0.5, 3.0, 12.0)))
+        return victim
 
     async def _freeze_worker(self) -> str:
         return await self._freeze(self._rng.choice(self._workers))
@@ -163,6 +180,10 @@ class Faults:
         record = _members(self._running.run).get(victim)
         return record is not None and record[0] not in (0, before) and record[1] is State.READY
 
+    def _core(self, member: str) -> int:
+        """The process of a worker's engine core."""
+        return children(self._running.pids()[member])["VLLM::EngineCore"]
+
     def _listening(self, member: str) -> int:
         """The port of a worker's request socket."""
         log = self._running.run.log_of(1, member).read_text()
@@ -171,8 +192,8 @@ class Faults:
     async def _until(self, condition: Callable[[], bool], what: str) -> None:
         begun = time.monotonic()
         while not condition():
-            if time.monotonic() - begun > WHOLE_S:
-                self.ledger.problems.append(f"{what} did not come back within {WHOLE_S:.0f} s")
+            if time.monotonic() - begun > self._whole_s:
+                self.ledger.problems.append(f"{what} did not come back within {self._whole_s:.0f} s")
                 return
             await asyncio.sleep(POLL_S)
 
@@ -180,8 +201,8 @@ class Faults:
         """Seconds until what the fault could break is whole."""
         begun = time.monotonic()
         while not (await self._well() if workers else await self.known()):
-            if time.monotonic() - begun > WHOLE_S:
-                self.ledger.problems.append(f"the deployment was not whole {WHOLE_S:.0f} s after: {after}")
+            if time.monotonic() - begun > self._whole_s:
+                self.ledger.problems.append(f"the deployment was not whole {self._whole_s:.0f} s after: {after}")
                 break
             await asyncio.sleep(POLL_S)
         return time.monotonic() - begun

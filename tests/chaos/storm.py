@@ -1,4 +1,4 @@
-"""A deployment of echo engines under load and faults, from its launch to its end, and what it left behind."""
+"""A deployment under load and faults, from its launch to its end, and what it left behind."""
 
 from __future__ import annotations
 
@@ -12,18 +12,61 @@ from pathlib import Path
 
 from launch.records import RunDirectory
 from slurm.children import mapped_segments
-from tests.chaos.asks import Asks
+from tests.chaos.asks import Asks, Supply, recorded
 from tests.chaos.clients import Clients, Tally
 from tests.chaos.faults import Done, Faults, Ledger
 from tests.deployments import Deployment, deployed, processes_of
 
-CLIENTS = 12
 SAMPLE_S = 5.0
 # A process is compared with itself after its first requests; the rest is what allocators and caches may keep.
 WARM_S = 20.0
-GROWN_BYTES = 48 << 20
 GROWN_DESCRIPTORS = 12
 SETTLE_S = 6.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What is launched and how it is used.
+
+    Attributes:
+        shape: The recipe and what is changed in it.
+        clients: Requests at once.
+        whole_s: What was broken may take this long to come back.
+        grown_bytes: A process may hold this much more at the end than when it was warm.
+        vllm: Whether the engines are vLLM's.
+    """
+
+    shape: tuple[str, ...]
+    clients: int
+    whole_s: float
+    grown_bytes: int
+    vllm: bool = False
+
+
+ECHO = Setting(
+    shape=(
+        "+recipe=tiny_2p2d",
+        "engine.backend=echo",
+        "engine.echo_interval_s=0.02",
+        "roles.prefill.replicas=2",
+        "roles.decode.replicas=3",
+        "frontend.processes=2",
+        "cluster.cpu_engines_per_node=3",
+    ),
+    clients=12,
+    # What dies again and again is started after up to 30 s, and starts slowly on a busy machine.
+    whole_s=90.0,
+    grown_bytes=48 << 20,
+)
+# A start of vLLM takes half a minute of two cores; its processes grow with the shapes that they meet.
+VLLM = Setting(
+    shape=("+recipe=tiny_2p2d", "frontend.processes=2"),
+    clients=4,
+    whole_s=300.0,
+    grown_bytes=256 << 20,
+    vllm=True,
+)
+RECORDED = 200
 
 
 @dataclass(slots=True)
@@ -83,22 +126,15 @@ class Report:
         return "\n".join(lines)
 
 
-def storm(folder: Path, model: Path, minutes: float, seed: int) -> Report:
+def storm(folder: Path, model: Path, minutes: float, seed: int, setting: Setting = ECHO) -> Report:
     """Launch, ask and break for that long, then stop and look."""
     scratch = folder / "tmp"
     scratch.mkdir(parents=True)
-    shape = (
-        *("+recipe=tiny_2p2d", "engine.backend=echo", "engine.echo_interval_s=0.02", f"model.path=tiny:{model}"),
-        *(
-            "roles.prefill.replicas=2",
-            "roles.decode.replicas=3",
-            "frontend.processes=2",
-            "cluster.cpu_engines_per_node=3",
-        ),
-    )
+    asks: Supply = recorded(model, folder, seed, RECORDED) if setting.vllm else Asks(model, seed)
+    shape = (*setting.shape, f"model.path=tiny:{model}")
     begun = time.monotonic()
     with deployed(folder, *shape, name="storm", env={"TMPDIR": str(scratch)}) as running:
-        report = asyncio.run(_storm(running, model, minutes, seed))
+        report = asyncio.run(_storm(running, setting, asks, minutes, seed))
         segments = report[1].segments
     tally, ledger = report[0].tally, report[2].ledger
     leaks = [*report[3], *_left(running.run, scratch, segments)]
@@ -108,15 +144,15 @@ def storm(folder: Path, model: Path, minutes: float, seed: int) -> Report:
 
 
 async def _storm(
-    running: Deployment, model: Path, minutes: float, seed: int
+    running: Deployment, setting: Setting, asks: Supply, minutes: float, seed: int
 ) -> tuple[Clients, Watched, Faults, list[str]]:
-    faults = Faults(running, seed)
+    faults = Faults(running, seed, setting.whole_s, cores=setting.vllm)
     urls = [url.removesuffix("/v1") for url in running.endpoint.urls]
-    clients = Clients(Asks(model, seed), urls, running.run.api_key(), faults.ledger.was_down)
+    clients = Clients(asks, urls, running.run.api_key(), faults.ledger.was_down)
     quiet, calm = asyncio.Event(), asyncio.Event()
     watched = Watched()
     async with asyncio.TaskGroup() as group:
-        load = group.create_task(clients.run(CLIENTS, quiet))
+        load = group.create_task(clients.run(setting.clients, quiet))
         watch = group.create_task(_watch(running, watched))
         breaking = [
             group.create_task(faults.run(faults.on_workers, 4.0, calm)),
@@ -130,7 +166,7 @@ async def _storm(
         await asyncio.sleep(SETTLE_S)
         watch.cancel()
     _look(running, watched.last, watched.segments)
-    return clients, watched, faults, [*_grown(watched), *await asyncio.to_thread(_busy, running)]
+    return clients, watched, faults, [*_grown(watched, setting.grown_bytes), *await asyncio.to_thread(_busy, running)]
 
 
 async def _watch(running: Deployment, watched: Watched) -> None:
@@ -157,11 +193,11 @@ def _look(running: Deployment, samples: dict[int, Sample], segments: set[str]) -
         segments |= mapped_segments(pid)
 
 
-def _grown(watched: Watched) -> list[str]:
+def _grown(watched: Watched, limit: int) -> list[str]:
     found = []
     for pid in watched.first.keys() & watched.last.keys():
         before, after = watched.first[pid], watched.last[pid]
-        if after.rss_bytes - before.rss_bytes > GROWN_BYTES and after.name not in ("nats", "etcd"):
+        if after.rss_bytes - before.rss_bytes > limit and after.name not in ("nats", "etcd"):
             found.append(f"{after.name} grew from {before.rss_bytes >> 20} to {after.rss_bytes >> 20} MiB")
         if after.descriptors - before.descriptors > GROWN_DESCRIPTORS:
             found.append(f"{after.name} went from {before.descriptors} to {after.descriptors} descriptors")

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from launch.records import Phase
+from launch.records import MemberRecord, Phase, State
 from tests.chaos.asks import Asks
 from tests.chaos.clients import Clients, End
 from tests.chaos.faults import Faults, can_cut, frozen
@@ -87,6 +87,31 @@ def test_a_frontend_that_starts_while_etcd_is_away_asks_the_workers_known_before
         until(lambda: running.pids()["frontend-1"] not in (0, before))
         until(lambda: answers(running, running.endpoint.urls[1]), 10)
     until(lambda: whole(running))
+
+
+@pytest.mark.nightly
+def test_a_worker_that_starts_while_etcd_is_away_serves_once_it_is_back(running: Deployment) -> None:
+    """Nobody learns of it before: others answer meanwhile, its agent does not take it for ready, and it is there in 5 s."""
+    until(lambda: whole(running))
+    before, served = running.pids()["decode-1"], 0
+    with frozen([running.pids()["etcd"]]):
+        os.kill(before, signal.SIGKILL)
+        until(lambda: running.pids()["decode-1"] not in (0, before), 30)
+        ends = time.monotonic() + 8
+        while time.monotonic() < ends:
+            assert answers(running, running.endpoint.url)
+            assert member(running, "decode-1").state is not State.READY
+            served += 1
+    back = time.monotonic()
+    until(lambda: member(running, "decode-1").state is State.READY and whole(running))
+
+    assert served > 10
+    assert time.monotonic() - back < WHOLE_S
+
+
+def member(running: Deployment, name: str) -> MemberRecord:
+    """What the agents say of a member."""
+    return next(rank.members[name] for rank in running.run.ranks(1).values() if name in rank.members)
 
 
 def answers(running: Deployment, url: str) -> bool:

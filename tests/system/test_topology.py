@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import zmq
 from launch.plan import plan
 from launch.records import MemberRecord, Phase, State
 from slurm.places import places
-from tests.deployments import Deployment, deployed, processes_of, targets
+from tests.deployments import Deployment, children, deployed, processes_of, targets
 from tests.reference import Reference, ask_all, complete
 from tests.slurm_cluster import SlurmCluster
 from tests.system.test_lifecycle import until
@@ -62,18 +61,6 @@ def whole_again(running: Deployment, before: dict[str, MemberRecord], names: tup
     now, endpoint = members(running), running.run.endpoint()
     others = all(now[name].state is State.READY and now[name].pid != before[name].pid for name in names)
     return others and endpoint is not None and endpoint.state is Phase.READY
-
-
-def children(pid: int) -> dict[str, int]:
-    """The children of a process, by the names that vLLM gives its processes."""
-    found: dict[str, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent == pid:
-                    found[(entry / "cmdline").read_bytes().split(b"\0")[0].decode().strip()] = int(entry.name)
-    return found
 
 
 @pytest.mark.engine
