@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 BEAT_S = 0.5
 FRONTEND_SILENT_S = 10.0
 ABORT_S = 1.0
-# Sending a frame and reading it costs about 0.1 ms of CPU however little it carries: at most a thousand leave in a second.
+# Sending a frame and reading it costs about 0.1 ms of CPU however little it carries: a millisecond lies between those that can
+# wait.
 FRAME_GAP_S = 0.001
 CANCELLED = wire.Failed(0, 503, "the request was cancelled", False)
 STOPPING = wire.Failed(0, 503, "the worker is stopping", True)
@@ -45,6 +46,7 @@ class RequestServer:
         self._tasks: dict[StreamKey, asyncio.Task[None]] = {}
         self._steps: dict[bytes, wire.Step] = {}
         self._next_flush = 0.0
+        self._urgent = False
         self._clock = AwakeClock()
         self._heard: dict[bytes, float] = {}
         self._sessions: dict[bytes, int] = {}
@@ -227,22 +229,20 @@ class RequestServer:
         produced, prompt_tokens = len(ask.produced), len(ask.prompt)
         choice = writer(request.render, prompt_tokens, produced, request.cached_tokens)
         pack, render, steps = wire.pack_few, choice.delta, self._steps
-        filled, delta = wire.Step(), wire.Delta(stream, b"", b"")
+        filled, delta, first = wire.Step(), wire.Delta(stream, b"", b""), True
         async for piece in self._engine.generate(ask):
             ids = pack(piece.ids)
             produced += len(piece.ids)
             if piece.finish is None:  # this is what a worker does for every token
-                step = steps.get(identity)
-                if step is None:
-                    step = self._step(identity)
-                if step is filled:  # it has not left since the last token
+                if steps.get(identity) is filled:  # it has not left since the last token
                     delta.ids += ids
                     delta.data += render(piece)
                     continue
-                filled, delta = step, wire.Delta(stream, ids, render(piece))
-                step.deltas.append(delta)
+                delta = wire.Delta(stream, ids, render(piece))
+                filled, first = self._step(identity, first), False
+                filled.deltas.append(delta)
                 continue
-            self._step(identity).ends.append(
+            self._step(identity, first).ends.append(
                 wire.End(
                     stream=stream,
                     reason=piece.finish,
@@ -268,22 +268,25 @@ class RequestServer:
         except (transfer.TransferError, LostError) as error:
             log.warning("could not release the blocks of %s: %s", message.request_id, error)
 
-    def _step(self, identity: bytes) -> wire.Step:
+    def _step(self, identity: bytes, at_once: bool = True) -> wire.Step:
         """The frame that is being filled for a frontend.
 
-        It leaves once the streams of this engine step have run; when steps come faster than frames may, with what the next
-        ones bring.
+        It leaves once the streams of this engine step have run. If steps come faster than frames may, it takes along what the
+        next ones bring, unless it has something that leaves `at_once`: the first token of a stream waits for nobody.
         """
+        loop = asyncio.get_running_loop()
+        if not self._urgent and (at_once or (not self._steps and loop.time() >= self._next_flush)):
+            self._urgent = True
+            loop.call_soon(self._flush)
+        elif not self._steps:
+            loop.call_at(self._next_flush, self._flush)
         step = self._steps.get(identity)
         if step is None:
-            if not self._steps:
-                loop = asyncio.get_running_loop()
-                due = loop.time() >= self._next_flush
-                loop.call_soon(self._flush) if due else loop.call_at(self._next_flush, self._flush)
             step = self._steps[identity] = wire.Step(deltas=[], ends=[], prefilled=[], failed=[], called=[])
         return step
 
     def _flush(self) -> None:
+        self._urgent = False
         self._next_flush = asyncio.get_running_loop().time() + FRAME_GAP_S
         steps = list(self._steps.items())
         self._steps.clear()

@@ -28,6 +28,8 @@ class BlockIndex:
         self._taken = 0
         self._shown = 0
         self._left = 0
+        self.blank = True
+        """Whether it never had a block: a tier that no worker uses is not looked at for each request."""
 
     def join(self, shown: bool = True) -> int:
         """The number of a new holder without blocks; unless `shown`, it is not found before `show`."""
@@ -53,6 +55,7 @@ class BlockIndex:
     def stored(self, holder: int, names: Iterable[int]) -> None:
         """The holder has these blocks."""
         bit, shards, low, known = 1 << holder, self._shards, self._low, self._known
+        self.blank = False
         for name in names:
             shard = shards[name & low]
             holders = shard.get(name, 0) | bit

@@ -119,6 +119,9 @@ class Verdict:
     limits: tuple[tuple[str, int, int, float], ...]
 
 
+UNLIMITED = Verdict(over="", wait_s=0.0, limits=())
+
+
 class Rates:
     """Requests and tokens a minute, of every key; a limit of 0 is none.
 
@@ -133,6 +136,8 @@ class Rates:
     def ask(self, key: str, tokens: int, now: float) -> Verdict:
         """Charge a request with a prompt of so many tokens, if it may pass."""
         allowances = self._of(key, now)
+        if not allowances:
+            return UNLIMITED
         units = {"requests": 1, "tokens": tokens}
         waits = {name: item.wait_s(now, units[name]) for name, item in allowances.items()}
         over = max(waits, key=lambda name: waits[name]) if any(waits.values()) else ""

@@ -153,7 +153,7 @@ class KvView:
         device = self.indexes[Tier.DEVICE].overlap(names, self.predictions.table)
         keys = self._keys
         found = {keys[holder]: Overlap(depth) for holder, depth in device.items() if holder in keys}
-        if len(self.indexes[Tier.HOST]) or len(self.indexes[Tier.DISK]):
+        if not (self.indexes[Tier.HOST].blank and self.indexes[Tier.DISK].blank):
             for key, rank in self._ranks.items():
                 near = found.get(key, NONE).device
                 host = self.indexes[Tier.HOST].run(rank.holders[Tier.HOST], names, near)

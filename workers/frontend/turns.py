@@ -39,11 +39,12 @@ class Tokens:
         with self._lock:
             found = {turn: self._recall(turn) for turn in turns}
         missing = [turn for turn, ids in found.items() if not ids]
-        for turn, ids in zip(missing, self._encode(missing, special=False), strict=True):
-            found[turn] = ids
-        with self._lock:
-            for turn in missing:
-                self._keep(turn, found[turn])
+        if missing:
+            for turn, ids in zip(missing, self._encode(missing, special=False), strict=True):
+                found[turn] = ids
+            with self._lock:
+                for turn in missing:
+                    self._keep(turn, found[turn])
         return b"".join([found[turn] for turn in turns])
 
     def _turns(self, text: str) -> list[str]:
