@@ -166,7 +166,10 @@ def test_a_head_that_was_held_up_does_not_act(tmp_path: Path, tiny_model: Path) 
         moved = endpoint_of(run)
         os.kill(pid, signal.SIGCONT)
         until(lambda: not endpoint_of(run).lost and endpoint_of(run).state is Phase.READY)
-        seen = {(endpoint_of(run).head, endpoint_of(run).url) for _ in range(20) if not time.sleep(0.1)}
+        seen, until_s = set(), time.monotonic() + 2
+        while time.monotonic() < until_s:
+            seen.add((endpoint_of(run).head, endpoint_of(run).url))
+            time.sleep(0.1)
         with client(run) as asking:
             answers = [complete(asking, f"after it {i}", bool(i % 2)) for i in range(8)]
         log = next(run.logs(1).glob("*_0_log.out")).read_text()
