@@ -72,7 +72,7 @@ def launch(asked: Launch, console: Console) -> None:
         LaunchError: It could not be done; nothing of it is left running.
     """
     where = plan(asked.recipe)
-    control_ranks(asked.recipe, where, asked.launcher)  # refuses a standby that there are no ranks for
+    control_ranks(asked.recipe, asked.launcher)  # refuses a standby that there are no ranks for
     run = RunDirectory(asked.runs_dir / asked.recipe.name)
     if asked.dry_run:
         print(describe(asked, where, chains.path_of_first(asked, run)))

@@ -9,29 +9,29 @@ that another of the three becomes head when the head's node dies (`slurm.head`).
 from __future__ import annotations
 
 from launch.errors import PlanError
-from launch.plan import Plan
+from launch.plan import Plan, plan
 from launch.recipe import Launcher, Recipe, Standby
 
 CONTROL_RANKS = 3
 UNCOVERED = "rank 0's node is not covered: if it dies, the deployment ends"
 
 
-def control_ranks(recipe: Recipe, plan: Plan, launcher: Launcher) -> tuple[int, ...]:
+def control_ranks(recipe: Recipe, launcher: Launcher) -> tuple[int, ...]:
     """The ranks that run the control plane: three, or rank 0 alone.
 
     Three is what survives the loss of one; with two, the loss of either would stop both. All ranks of the debug launcher
-    are one process, so that none of them can outlive another.
+    are one process, so that none of them can outlive another. What joins a deployment later changes nothing here.
 
     Raises:
         PlanError: A standby is wanted and there are too few ranks for it.
     """
-    wanted = recipe.control.standby
-    if wanted is Standby.YES and plan.ranks < CONTROL_RANKS:
+    wanted, ranks = recipe.control.standby, plan(recipe).ranks
+    if wanted is Standby.YES and ranks < CONTROL_RANKS:
         raise PlanError(
-            f"control.standby=true needs {CONTROL_RANKS} nodes and the deployment has {plan.ranks}: a node more than that "
+            f"control.standby=true needs {CONTROL_RANKS} nodes and the deployment has {ranks}: a node more than that "
             "must be left when one dies; use control.standby=auto, or more replicas"
         )
-    if wanted is Standby.NO or plan.ranks < CONTROL_RANKS or launcher is Launcher.DEBUG:
+    if wanted is Standby.NO or ranks < CONTROL_RANKS or launcher is Launcher.DEBUG:
         return (0,)
     return tuple(range(CONTROL_RANKS))
 
@@ -41,18 +41,18 @@ def on_rank(name: str, rank: int) -> str:
     return name if rank == 0 else f"{name}.{rank}"
 
 
-def frontends_on(plan: Plan, rank: int) -> tuple[str, ...]:
+def frontends_on(where: Plan, rank: int) -> tuple[str, ...]:
     """The frontends of a rank that may lead."""
-    return tuple(on_rank(name, rank) for name in plan.frontends)
+    return tuple(on_rank(name, rank) for name in where.frontends)
 
 
-def frontend_place(plan: Plan, name: str) -> tuple[int, int]:
+def frontend_place(where: Plan, name: str) -> tuple[int, int]:
     """Rank of a frontend, and its index there.
 
     Raises:
         PlanError: There is none of that name.
     """
     base, _, rank = name.partition(".")
-    if base not in plan.frontends or (rank and not rank.isdigit()):
-        raise PlanError(f"no frontend {name!r} in the plan: {', '.join(plan.frontends)}")
-    return int(rank or 0), plan.frontends.index(base)
+    if base not in where.frontends or (rank and not rank.isdigit()):
+        raise PlanError(f"no frontend {name!r} in the plan: {', '.join(where.frontends)}")
+    return int(rank or 0), where.frontends.index(base)

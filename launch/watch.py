@@ -120,7 +120,7 @@ def where_alive(run: RunDirectory) -> str | None:
 def node_notes(run: RunDirectory, view: View) -> list[str]:
     """What there is to say of nodes: which are lost, which rank leads if not the first, and whether that one is covered."""
     recipe = run.recipe()
-    leading = control_ranks(recipe, plan(recipe), view.job.launcher)
+    leading = control_ranks(recipe, view.job.launcher)
     lost = view.endpoint.lost if view.endpoint else []
     notes = [f"lost: rank {rank} on {view.ranks[rank].host}" for rank in lost if rank in view.ranks]
     head = run.head(view.job.attempt).rank

@@ -167,7 +167,7 @@ class Agent:
         self._spare: Spare | None = None
         self._frontends: dict[str, Supervised] = {}
         self._together: dict[str, Together] = {}
-        self._control_ranks = control_ranks(recipe, where, job.launcher)
+        self._control_ranks = control_ranks(recipe, job.launcher)
         self._heard = Heard()
         self._published = asyncio.Event()
         self._unwritten = False

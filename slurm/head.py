@@ -23,13 +23,14 @@ LEASE_S = 3
 RENEW_S = 0.8
 LOOK_S = 0.3
 FIRST_TERM = 0
+FIRST_RANK = 0
 
 
 class Headship:
-    """Whether this rank leads. `elected` and `deposed` are set in turn; the first term of rank 0 alone lasts for ever."""
+    """Whether this rank leads. `elected` and `deposed` are set in turn; where rank 0 is alone, its first term lasts for ever."""
 
     def __init__(self, deployment: str, rank: int, etcd: Etcd | None = None) -> None:
-        """Make it; without etcd there is nobody else to lead, and this rank does."""
+        """Make it; without etcd nobody is elected, and rank 0 leads."""
         self.elected = asyncio.Event()
         self.deposed = asyncio.Event()
         self.term = FIRST_TERM
@@ -38,7 +39,7 @@ class Headship:
         self._rank = rank
         self._lease = 0
         self._sure_until = 0.0
-        if etcd is None:
+        if etcd is None and rank == FIRST_RANK:
             self.elected.set()
 
     @property

@@ -418,10 +418,17 @@ def _kill(init: subprocess.Popen[bytes]) -> None:
 
 
 def _kill_below(pid: int) -> None:
-    """SIGKILL all descendants of the process, parents before children, until none is left."""
+    """SIGKILL all descendants of the process, parents before children, until none is left.
+
+    They are stopped before, children first: a machine that loses power loses all at once, and an srun that outlived its
+    stepd by a moment would end the tasks on other nodes.
+    """
     deadline = time.monotonic() + _KILL_TIMEOUT_S
     # Again until nothing is found: a task may fork between our look at /proc and the signal.
     while below := _descendants(pid):
+        for descendant in reversed(below):
+            with suppress(ProcessLookupError):
+                os.kill(descendant, signal.SIGSTOP)
         if time.monotonic() > deadline:
             raise RuntimeError(f"processes below {pid} survive SIGKILL: {below}")
         for descendant in below:

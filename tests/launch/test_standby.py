@@ -34,7 +34,8 @@ def test_three_ranks_may_lead_where_there_are_as_many(
     words: tuple[str, ...], launcher: Launcher, expected: tuple[int, ...]
 ) -> None:
     """Else rank 0 alone."""
-    assert control_ranks(*planned(*words), launcher) == expected
+    recipe, _ = planned(*words)
+    assert control_ranks(recipe, launcher) == expected
 
 
 def test_a_standby_without_the_nodes_for_it_is_refused_with_their_number() -> None:
@@ -42,7 +43,7 @@ def test_a_standby_without_the_nodes_for_it_is_refused_with_their_number() -> No
     recipe, _ = planned("roles.decode.replicas=1", "roles.prefill.replicas=1")
     wanted = replace(recipe, control=replace(recipe.control, standby=Standby.YES))
     with pytest.raises(PlanError, match="needs 3 nodes and the deployment has 2"):
-        control_ranks(wanted, plan(wanted), Launcher.SLURM)
+        control_ranks(wanted, Launcher.SLURM)
 
 
 def test_a_frontend_knows_its_place_by_its_name() -> None:

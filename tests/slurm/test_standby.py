@@ -166,10 +166,10 @@ def test_a_head_that_was_held_up_does_not_act(tmp_path: Path, tiny_model: Path) 
         moved = endpoint_of(run)
         os.kill(pid, signal.SIGCONT)
         until(lambda: not endpoint_of(run).lost and endpoint_of(run).state is Phase.READY)
-        seen = set()
-        for _ in range(20):
-            time.sleep(0.1)
+        seen, until_s = set(), time.monotonic() + 2
+        while time.monotonic() < until_s:
             seen.add((endpoint_of(run).head, endpoint_of(run).url))
+            time.sleep(0.1)
         with client(run) as asking:
             answers = [complete(asking, f"after it {i}", bool(i % 2)) for i in range(8)]
         log = next(run.logs(1).glob("*_0_log.out")).read_text()
@@ -209,3 +209,39 @@ def test_without_a_standby_a_job_ends_with_its_batch_host(
     assert "rank 0's node is not covered" in output.read_text()
     assert "rank 0, the head, was not heard for 60 s" in str(run.ranks(1)[1].failure)
     assert processes_of(run) == {}
+
+
+@pytest.mark.slurm
+@pytest.mark.nightly
+@pytest.mark.timeout(400)
+def test_another_head_stops_before_the_time_limit(tmp_path: Path, tiny_model: Path, cluster: SlurmCluster) -> None:
+    """The time limit is the new head's business: it knows when the job ends, and all have ended before, on their own."""
+    shape = ("+recipe=tiny_2p2d", "engine.backend=echo", "cluster=slurm_cpu", "cluster.interface=lo")
+    words = (*shape, f"model.path=tiny:{tiny_model}", "slurm.time_min=2", "engine.drain_s=10")
+    process, output = start(tmp_path, *words, name="limited-head", env=cluster.env)
+    run = RunDirectory(tmp_path / "runs" / "limited-head")
+    try:
+        until(lambda: run.endpoint() is not None and endpoint_of(run).state is Phase.READY, 120)
+        end = endpoint_of(run).expires_at
+        cluster.kill_node("n1")
+        try:
+            until(lambda: endpoint_of(run).head != 0)
+            after = endpoint_of(run)
+            until(lambda: endpoint_of(run).state is Phase.STOPPED, 180)
+            until(lambda: all(run.ranks(1)[rank].ended for rank in (1, 2, 3)))
+            over = time.time()
+            until(lambda: cluster.run("squeue", "--noheader") == "", 60)
+        finally:
+            cluster.start_node("n1")
+    finally:
+        job = run.job()
+        if job and job.id:
+            with contextlib.suppress(RuntimeError):
+                cluster.run("scancel", job.id)
+        process.wait(60)
+
+    assert end is not None
+    assert after.expires_at == pytest.approx(end, abs=2)
+    assert end - 60 < over < end
+    assert [record.failure for record in run.ranks(1).values() if record.failure] == []
+    assert process.returncode == 0, output.read_text()

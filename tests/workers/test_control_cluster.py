@@ -206,3 +206,10 @@ async def test_a_member_of_etcd_talks_to_members_alone(seed: Seed, tmp_path: Pat
         stranger.maximum_version = ssl.TLSVersion.TLSv1_2  # later ones refuse only after the handshake
         with pytest.raises(ssl.SSLError, match="BAD_CERTIFICATE"):
             await asyncio.open_connection(host, port, ssl=stranger)
+
+
+def test_without_an_election_rank_0_leads() -> None:
+    """And no other, as when a start is broken off before there is a control plane."""
+    first, other = Headship("d", 0), Headship("d", 1)
+    assert (first.leads, first.sure, first.contested) == (True, True, False)
+    assert (other.leads, other.sure) == (False, False)
