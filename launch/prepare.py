@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from launch import watch
+from launch import chains
 from launch.compose import read
-from launch.errors import LaunchError, NameTakenError
+from launch.errors import LaunchError
 from launch.plan import plan
 from launch.recipe import Launcher
 from launch.records import Job, RunDirectory
@@ -36,9 +36,7 @@ def prepare(run: RunDirectory, attempt: int, words: list[str], job_id: str) -> N
     Raises:
         LaunchError: The deployment runs elsewhere, or the words make no recipe.
     """
-    alive = watch.where_alive(run)
-    if alive:
-        raise NameTakenError(run.name, alive)
+    chains.refuse_taken(run)
     recipe = read(words).recipe
     begun = run.next_attempt()
     if begun != attempt:

@@ -47,10 +47,10 @@ class Links(msgspec.Struct, frozen=True, kw_only=True):
 
 def links_of(chain: Chain) -> Links | None:
     """The links that run or wait, oldest first; None where this is no chain."""
-    record, endpoint = chain.record(), chain.endpoint()
+    record = chain.record()
     if record is None:
         return None
-    found = []
+    found, endpoint = [], chain.endpoint()
     for run, where in alive(chain):
         own, job = run.endpoint(), run.job()
         left = None if own is None or own.expires_at is None else max(0, round(own.expires_at - time.time()))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -206,3 +208,16 @@ async def test_a_client_that_leaves_is_cancelled_behind_the_gateway(echo: Deploy
     assert strange.status_code == 401
     assert during == idle + 1
     assert echo.metric("frontend-0", "baton_frontend_active_requests") == idle
+
+
+def test_connect_says_how_to_reach_what_serves(echo: Deployment) -> None:
+    """The tunnel through the host that was named to the endpoint, and a request that goes to the near end of it."""
+    argv = [sys.executable, "-m", "launch.connect", echo.run.name, "--runs-dir", str(echo.run.path.parent)]
+    done = subprocess.run(
+        [*argv, "--via", "login.example.org", "--port", "8123"], check=True, capture_output=True, text=True, timeout=60
+    )
+    there = echo.endpoint.url.removeprefix("http://").removesuffix("/v1")
+
+    assert f"-L 127.0.0.1:8123:{there} login.example.org" in done.stdout
+    assert "curl -s http://127.0.0.1:8123/v1/chat/completions" in done.stdout
+    assert echo.run.api_key() not in done.stdout

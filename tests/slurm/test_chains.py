@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +22,7 @@ from openai import OpenAI
 
 from launch.chain import Chain
 from launch.records import Phase, RunDirectory
-from tests.deployments import command, processes_of
+from tests.deployments import command, processes_of, start
 from tests.reference import complete
 from tests.slurm_cluster import SlurmCluster, slurm_cluster
 
@@ -221,13 +223,14 @@ def test_a_preempted_link_is_followed_by_the_next_as_soon_as_there_are_nodes(
     old = first.endpoint()
     assert old
     streaming = threading.Thread(target=long_answer, args=(old.url, key, events))
-    streaming.start()
-    until(lambda: events)
-    urgent = operator.cluster.run(
-        "sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--wrap=sleep 5", "--output=/dev/null"
-    ).strip()
     with operator.gateway("pushed", "--wait=90") as url, OpenAI(base_url=url, api_key=key, max_retries=0) as client:
-        until(lambda: state(first) is Phase.DRAINING)
+        streaming.start()
+        until(lambda: events)
+        urgent = operator.cluster.run(
+            *("sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive"),
+            *("--wrap=sleep 5", "--output=/dev/null"),
+        ).strip()
+        until(lambda: state(first) in (Phase.DRAINING, Phase.STOPPED))
         answer = complete(client, "in the gap", True)
         streaming.join()
     history = operator.told("history", "pushed")
@@ -328,3 +331,35 @@ def test_what_waits_says_why_and_a_chain_that_is_stopped_takes_its_next_link_alo
     assert not set(gone) & set(queued)
     assert ended == [(1, "stopped"), (2, "never began")]
     assert "one/links/3 submitted" in again.stdout, again.stderr
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(300)
+def test_what_a_node_cannot_submit_the_launching_command_does(
+    tmp_path: Path, tiny_model: Path, operator: Operator
+) -> None:
+    """Nodes without sbatch: `launch.status` says so, and the command on the login node submits for the same moment."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("srun", "bash", "env", "mkdir"):
+        (tools / name).symlink_to(shutil.which(name) or pytest.fail(f"no {name}"))
+    words = (*ONE_NODE[:-1], f"model.path=tiny:{tiny_model}", "chain=2", "slurm.time_min=2", "engine.drain_s=5")
+    more = ("handover.grace_s=2", "handover.margin_s=90", f'slurm.setup=["export PATH={tools}"]')
+    chain = Chain(tmp_path / "runs" / "bare")
+    process, output = start(tmp_path, *words, *more, name="bare", env=operator.cluster.env)
+    with contextlib.ExitStack() as ended:
+        ended.callback(process.wait, 120)
+        ended.callback(process.send_signal, signal.SIGINT)
+        until(lambda: state(chain.link(1)) is Phase.READY)
+        until(lambda: chain.trouble() or chain.link(2).job())
+        until(lambda: "submitted from here" in output.read_text())
+        until(lambda: chain.trouble() is None and how(chain.link(1)) == "replaced", 90)
+        serving = chain.endpoint()
+    text = output.read_text()
+
+    assert "link 2 could not be submitted from the job: launcher=slurm needs sbatch on PATH" in text
+    assert serving
+    assert (serving.link, serving.state) == (2, Phase.READY)
+    assert process.returncode == 0, text
+    assert "bare has ended" in text
+    assert operator.queue() == []
