@@ -550,9 +550,16 @@ class Agent:
         """Test, tell, and end."""
         async with asyncio.TaskGroup() as group:
             heartbeat = group.create_task(self._heartbeat(), name="heartbeat")
+            watch = group.create_task(self._watch_stop_file(), name="stop file")
             group.create_task(self._examination.offer(), name="offer")
             await self._examination.examine()
             heartbeat.cancel()
+            watch.cancel()
+
+    async def _watch_stop_file(self) -> None:
+        """Where nobody oversees the deployment: heed what asks for its end."""
+        await self._wait_for(self._run.stop_file.exists, math.inf)
+        self._stop.set()
 
     # --- what the other ranks say ---------------------------------------------------------------------------------
 

@@ -9,10 +9,12 @@ standing still.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -95,7 +97,7 @@ class Ring:
         self._progress = progress
         self._out: queue.SimpleQueue[tuple[bytes, bytes | bytearray] | None] = queue.SimpleQueue()
         self._credit = threading.Semaphore(WINDOW)
-        self._lock = threading.Lock()
+        self._disk: queue.Queue[tuple[Piece, bytes | bytearray, str] | None] = queue.Queue(WINDOW)
         self._failure: BaseException | None = None
 
     def run(self) -> None:
@@ -106,15 +108,17 @@ class Ring:
         """
         threads = [
             threading.Thread(target=self._guarded, args=(work,), name=work.__name__, daemon=True)
-            for work in (self._read, self._send)
+            for work in (self._read, self._write, self._send)
         ]
         for thread in threads:
             thread.start()
         self._guarded(self._receive)
         if self._failure is None:
             threads[0].join()
+            self._keep(None)
             self._out.put(None)
             threads[1].join()
+            threads[2].join()
         if self._failure is not None:
             raise StagingError(
                 f"the broadcast ended early: {self._failure or type(self._failure).__name__}"
@@ -140,7 +144,7 @@ class Ring:
             if share.local and told != self._copy.noted[piece.number]:
                 raise StagingError(f"{self._copy.folder / piece.name} is not as it was written at {piece.offset} bytes")
             self._out.put((HEADER.pack(piece.number, self._place, piece.size, bytes.fromhex(told)), content))
-            self._keep(piece, content, told)
+            self._keep((piece, content, told))
 
     def _send(self) -> None:
         while (item := self._out.get()) is not None:
@@ -166,26 +170,42 @@ class Ring:
                 raise StagingError(f"{piece.name} came wrong at {piece.offset} bytes: its checksum differs")
             ends = self._next == reader
             self._out.put((HEADER.pack(number, reader, 0 if ends else size, told), b"" if ends else content))
-            self._keep(piece, content, told.hex())
+            self._keep((piece, content, told.hex()))
 
-    def _keep(self, piece: Piece, content: bytearray, told: str) -> None:
-        with self._lock:
-            if piece.number not in self._copy.noted:
-                self._copy.put(piece, content, told)
-                self._progress(piece.size)
+    def _keep(self, item: tuple[Piece, bytes | bytearray, str] | None) -> None:
+        """Hand a piece to the thread that writes, which may be some pieces behind; None ends it."""
+        while self._failure is None:
+            with contextlib.suppress(queue.Full):
+                self._disk.put(item, timeout=1)
+                return
+
+    def _write(self) -> None:
+        while self._failure is None:
+            with contextlib.suppress(queue.Empty):
+                item = self._disk.get(timeout=1)
+                if item is None:
+                    return
+                piece, content, told = item
+                if piece.number not in self._copy.noted:
+                    self._copy.put(piece, content, told)
+                    self._progress(piece.size)
 
 
 def copy_alone(copy: Copy, source: Callable[[Piece], bytearray], progress: Callable[[int], None]) -> None:
-    """Bring what is missing to this node by itself.
+    """Bring what is missing to this node by itself, one piece read while the one before is written.
 
     Raises:
         StagingError: A file is not as it was listed.
         OSError: The source or the disk failed.
     """
-    for piece in copy.missing():
-        content = source(piece)
-        copy.put(piece, content, digest(content))
-        progress(piece.size)
+    missing = copy.missing()
+    with ThreadPoolExecutor(1, "read") as pool:
+        coming = [pool.submit(source, piece) for piece in missing[:1]]
+        for index, piece in enumerate(missing):
+            content = coming.pop().result()
+            coming = [pool.submit(source, after) for after in missing[index + 1 : index + 2]]
+            copy.put(piece, content, digest(content))
+            progress(piece.size)
 
 
 def from_folder(folder: Path) -> Callable[[Piece], bytearray]:

@@ -9,8 +9,9 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +21,10 @@ import pytest
 from launch.compose import read
 from launch.errors import LaunchError
 from launch.plan import plan
-from launch.recipe import Recipe
+from launch.recipe import Launcher, Recipe
+from launch.records import Job, RunDirectory
 from slurm import fabric, gpus, preflight, probe
+from slurm.agent import Agent
 from slurm.preflight import Facts, Finding, Grade, PreflightError, Report
 from slurm.probe import Link
 from tests.deployments import command
@@ -226,6 +229,81 @@ async def test_a_peer_that_is_not_there_is_an_error_and_so_is_one_that_is_silent
 
     assert "Connect call failed" in str(closed.error)
     assert silent.error == "no answer within 0.3 s"
+
+
+SERVE = (
+    "import asyncio, sys; from slurm import probe\n"
+    "async def main():\n"
+    "    async with await probe.start(sys.argv[1], int(sys.argv[2])) as server:\n"
+    "        print('ready', flush=True); await server.serve_forever()\n"
+    "asyncio.run(main())"
+)
+
+
+@pytest.fixture
+def behind_50_mbit() -> Iterator[tuple[str, str]]:
+    """A network namespace whose packets to us the kernel holds back to 50 Mbit/s: its name, and its address."""
+    name, net = f"bt{os.getpid()}", f"10.213.{os.getpid() % 250}"
+    commands = [
+        f"ip netns add {name}",
+        f"ip link add {name}a type veth peer name {name}b netns {name}",
+        f"ip address add {net}.1/24 dev {name}a",
+        f"ip link set {name}a up",
+        f"ip -n {name} address add {net}.2/24 dev {name}b",
+        f"ip -n {name} link set {name}b up",
+        f"tc -n {name} qdisc add dev {name}b root tbf rate 50mbit burst 64kb latency 400ms",
+    ]
+    try:
+        for each in commands:
+            subprocess.run(each.split(), check=True, capture_output=True)
+        yield name, f"{net}.2"
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace and tc need root")
+async def test_a_link_that_is_slow_is_named_by_the_preflight(behind_50_mbit: tuple[str, str]) -> None:
+    """The least rate of the recipe is 0.2 Gbit/s."""
+    name, address = behind_50_mbit
+    argv = ["ip", "netns", "exec", name, sys.executable, "-c", SERVE, address, "5005"]
+    peer = await asyncio.create_subprocess_exec(*argv, stdout=asyncio.subprocess.PIPE)
+    try:
+        assert peer.stdout
+        async with asyncio.timeout(60):
+            assert await peer.stdout.readline() == b"ready\n"
+        link = await probe.measure(1, "n1", address, 5005, 30)
+    finally:
+        peer.kill()
+        await peer.wait()
+    (found,) = preflight.judge_links([link], recipe("preflight.min_gbit_per_s=0.2"))
+
+    assert link.error is None
+    assert 0.005 < link.gbit_per_s < 0.1
+    assert (found.name, found.grade) == ("rate", Grade.FAILED)
+    assert re.search(r"rank 1 \(n1\) sends 0\.0\d* Gbit/s over TCP, less than 0\.2", found.what)
+
+
+async def test_a_preflight_that_waits_for_other_ranks_heeds_the_stop_file(tmp_path: Path, tiny_model: Path) -> None:
+    """Rank 1 never comes, and whoever launched has had enough."""
+    words = ["+recipe=tiny_disagg", "engine.backend=echo", "cluster=slurm_cpu", "cluster.interface=lo"]
+    asked = read([*words, f"model.path={tiny_model}", "preflight.only=true"]).recipe
+    run = RunDirectory(tmp_path / "run")
+    where = plan(asked)
+    run.prepare(asked, where, 1)
+    job = Job(launcher=Launcher.SLURM, attempt=1, id="1", host="here", submitted_at=time.time())
+    agent = asyncio.create_task(Agent(run, asked, where, job, 0, asyncio.Event()).run("preflight-only"))
+    async with asyncio.timeout(60):
+        while not (run.path / "preflight" / "0.json").exists():
+            assert not agent.done(), agent.exception()
+            await asyncio.sleep(0.05)
+        assert not agent.done()
+        run.stop_file.touch()
+        await agent
+
+    rank = run.rank(1, 0)
+    assert rank
+    assert rank.ended
+    assert rank.failure is None
 
 
 # --- on a real Slurm ------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""How long staging takes when the shared file system is the bottleneck."""
