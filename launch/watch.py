@@ -15,7 +15,6 @@ from pathlib import Path
 
 from launch import elastic
 from launch.errors import DeploymentError
-from launch.plan import plan
 from launch.progress import Row, rows
 from launch.recipe import Launcher
 from launch.records import SILENT_AFTER_S, Endpoint, Job, Phase, RankRecord, RunDirectory
