@@ -418,30 +418,27 @@ def _kill(init: subprocess.Popen[bytes]) -> None:
 
 
 def _kill_below(pid: int) -> None:
-    """SIGKILL all descendants of the process, parents before children, until none is left.
+    """SIGKILL all descendants of the process, until none is left.
 
-    They are stopped before, children first: a machine that loses power loses all at once, and an srun that outlived its
-    stepd by a moment would end the tasks on other nodes.
+    A machine that loses power loses all at once. So they are stopped first, parents before children: no stepd reports the
+    death of a task. Then they are killed, children first: no srun outlives its stepd, for it would end the tasks on other nodes.
     """
     deadline = time.monotonic() + _KILL_TIMEOUT_S
     # Again until nothing is found: a task may fork between our look at /proc and the signal.
     while below := _descendants(pid):
-        for descendant in reversed(below):
-            with suppress(ProcessLookupError):
-                os.kill(descendant, signal.SIGSTOP)
         if time.monotonic() > deadline:
             raise RuntimeError(f"processes below {pid} survive SIGKILL: {below}")
-        for descendant in below:
-            with suppress(ProcessLookupError):
-                os.kill(descendant, signal.SIGKILL)
+        for signum, order in ((signal.SIGSTOP, below), (signal.SIGKILL, below[::-1])):
+            for descendant in order:
+                with suppress(ProcessLookupError):
+                    os.kill(descendant, signum)
         time.sleep(_POLL_S / 5)
 
 
 def _descendants(pid: int) -> list[int]:
     """Return the live processes below this one, level by level, on each level by rising pid.
 
-    So a daemon comes before its slurmstepds and those before their tasks: killed in this order, none has
-    time to report another's death to the controller, which a machine that lost power does not do either.
+    So a daemon comes before its slurmstepds and those before their tasks.
     """
     children: dict[int, list[int]] = {}
     for child, parent in _parents().items():
