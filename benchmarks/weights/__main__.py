@@ -23,6 +23,7 @@ from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
+from launch.recipe import Transport
 from slurm import staging
 from slurm.broadcast import Ring, copy_alone, from_folder, share_out
 from slurm.channels import MpiChannel, socket_ring
@@ -69,7 +70,7 @@ def main() -> int:
         rows = [("one node reads all", run(alone, 1, model, given.rate_mb))]
         rows.append((f"{given.nodes} nodes read all (local)", run(alone, given.nodes, model, given.rate_mb)))
         rows.append((f"{given.nodes} nodes, broadcast over sockets", run(ring, given.nodes, model, given.rate_mb)))
-        why = staging.why_no_mpi(staging.Transport.AUTO, os.environ)
+        why = staging.why_no_mpi(Transport.AUTO, os.environ)
         if why:
             print(f"no MPI: {why}")
         else:
