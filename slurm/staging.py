@@ -93,6 +93,7 @@ class Staging:
             if claimed:
                 await asyncio.to_thread(_look, copy)
             self._say(copy, claimed)
+            refuse_other_places(self._recipe, stage.standings(self._run, self._record.attempt))
             if asked is Stage.BROADCAST and len(self._ranks) > 1:
                 try:
                     await self._broadcast(copy)
@@ -261,6 +262,21 @@ def scratch(recipe: Recipe, environ: Mapping[str, str]) -> str:
         raise StagingError(
             f"cluster.local_scratch={told} names a variable that is not set on this node: {error}"
         ) from error
+
+
+def refuse_other_places(recipe: Recipe, found: Sequence[Standing]) -> None:
+    """Refuse copies at different paths where KV cache is passed on: engines take the path for a part of the model's name.
+
+    Raises:
+        StagingError: Two ranks have different folders; of ranks that say so at different times the later one finds out. Pure.
+    """
+    folders = {item.scratch: item.rank for item in found}
+    if recipe.disaggregated and len(folders) > 1:
+        told = ", ".join(f"{folder} on rank {rank}" for folder, rank in sorted(folders.items()))
+        raise StagingError(
+            f"prefill and decode engines need the model at the same path and cluster.local_scratch is {told}: name a folder "
+            "that is called the same on all nodes, or use weights.stage=none"
+        )
 
 
 def find_mpiexec(environ: Mapping[str, str]) -> str | None:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -388,6 +389,18 @@ def test_staging_without_a_disk_of_the_nodes_is_refused() -> None:
         read(["+recipe=tiny_agg", "weights.stage=local"])
 
 
+def test_prefill_and_decode_need_the_same_path() -> None:
+    """Engines compare it; engines that do not talk to each other may have any."""
+    words = ["weights.stage=local", "cluster.local_scratch=/s"]
+    apart, alike = (read([f"+recipe={name}", *words]).recipe for name in ("tiny_disagg", "tiny_agg"))
+    found = [standing(0), msgspec.structs.replace(standing(1), scratch="/other")]
+
+    with pytest.raises(StagingError, match="cluster.local_scratch is /other on rank 1, /s on rank 0"):
+        staging.refuse_other_places(apart, found)
+    staging.refuse_other_places(apart, found[:1])
+    staging.refuse_other_places(alike, found)
+
+
 def test_the_commands_of_mpiexec_are_taken_once_all_are_printed() -> None:
     """As MPICH 5.0 prints them for the launcher `manual`."""
     line = "HYDRA_LAUNCH: /x/bin/hydra_pmi_proxy --control-port 10.0.0.1:34375 --rmk user --proxy-id 1 "
@@ -450,7 +463,8 @@ def test_a_broadcast_that_is_cut_is_finished_by_every_node_and_then_served(
             padding.truncate(8 * PIECE)
     words = [
         *(
-            "+recipe=tiny_2p2d",
+            "+recipe=tiny_agg",
+            "roles.aggregated.replicas=4",
             "engine.backend=echo",
             "cluster=slurm_cpu",
             "cluster.interface=lo",
@@ -475,12 +489,12 @@ def test_a_broadcast_that_is_cut_is_finished_by_every_node_and_then_served(
     thread.start()
     with deployed(tmp_path, *words, name="staged", env=cluster.env) as running:
         thread.join()
-        answer = running.client.completions.create(model="model", prompt="once", max_tokens=4)
+        answer = running.client.completions.create(model="tiny", prompt="once", max_tokens=4)
         places = [
             dict(item.partition(b"=")[::2] for item in Path(f"/proc/{member.pid}/environ").read_bytes().split(b"\0"))
             for record in running.run.ranks(1).values()
             for name, member in record.members.items()
-            if name.startswith(("prefill", "decode"))
+            if name.startswith("aggregated")
         ]
         logs = [(running.run.logs(1) / f"weights-{rank}.log").read_text() for rank in range(4)]
         agents = "".join(path.read_text() for path in running.run.logs(1).glob("*_log.out"))
