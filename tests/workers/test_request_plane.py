@@ -146,25 +146,28 @@ async def test_an_answer_streams_and_counts(plane: Plane) -> None:
 
 
 async def test_steps_that_come_fast_share_frames(plane: Plane) -> None:
-    """Each has one delta of a stream; no token is lost or out of order by it, and the last word comes last."""
+    """Each has one delta of a stream; no token is lost by it, or out of order."""
     worker = plane.add()
     client = worker.context.socket(zmq.DEALER)
     OURS.apply(client)
     client.connect(worker.card.address)
-    asked = wire.Generate(7, wire.Leg.WHOLE, "r", wire.pack([20, 21, 22]), b"", b"{}", 500, RENDER)
-    client.send(wire.encode(asked))
+    for stream in (7, 8):
+        asked = wire.Generate(stream, wire.Leg.WHOLE, "r", wire.pack([20, 21, 22]), b"", b"{}", 500, RENDER)
+        client.send(wire.encode(asked))
     frames: list[wire.Step] = []
     async with asyncio.timeout(20):
-        while not (frames and frames[-1].ends):
+        while sum(len(frame.ends) for frame in frames) < 2:
             if await asyncio.to_thread(client.poll, 100):
                 message = wire.decode_to_frontend(client.recv())
                 frames += [message] if isinstance(message, wire.Step) else []
     client.close(0)
-    ids = b"".join(delta.ids for frame in frames for delta in frame.deltas) + frames[-1].ends[0].ids
 
-    assert wire.unpack(ids) == ([20, 21, 22] * 167)[:500]
+    for stream in (7, 8):
+        ids = b"".join(delta.ids for frame in frames for delta in frame.deltas if delta.stream == stream)
+        (last,) = [end for frame in frames for end in frame.ends if end.stream == stream]
+        assert wire.unpack(ids + last.ids) == ([20, 21, 22] * 167)[:500]
     assert len(frames) < 400
-    assert max(len(frame.deltas) for frame in frames) == 1
+    assert all(len({delta.stream for delta in frame.deltas}) == len(frame.deltas) for frame in frames)
 
 
 async def test_a_worker_lost_before_the_first_byte_costs_another_attempt(plane: Plane) -> None:

@@ -272,9 +272,11 @@ class RequestServer:
         """The frame that is being filled for a frontend.
 
         It leaves once the streams of this engine step have run. If steps come faster than frames may, it takes along what the
-        next ones bring, unless it has something that leaves `at_once`: the first token of a stream waits for nobody.
+        next ones bring, unless it has something that leaves `at_once`: the first token of a stream waits for nobody. Nor does
+        a stream that is alone.
         """
         loop = asyncio.get_running_loop()
+        at_once = at_once or len(self._tasks) == 1
         if not self._urgent and (at_once or (not self._steps and loop.time() >= self._next_flush)):
             self._urgent = True
             loop.call_soon(self._flush)
