@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from openai import APIStatusError, OpenAI
+from openai import APIConnectionError, APIStatusError, OpenAI
 
 from launch.records import Phase, RunDirectory
 from tests.deployments import command, processes_of, start
@@ -91,6 +91,10 @@ class Load:
                         self.refused.append(begun)
                     else:
                         self.failed.append(str(error))
+                except APIConnectionError as error:
+                    # Nobody listens any more: it was never admitted. One that breaks was.
+                    closed = "Connection refused" in repr(error.__cause__)
+                    (self.refused.append(begun) if closed else self.failed.append(repr(error.__cause__)))
                 except Exception as error:  # noqa: BLE001  # whatever a client sees counts
                     self.failed.append(repr(error))
 
