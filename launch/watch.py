@@ -251,7 +251,7 @@ def stop(run: RunDirectory, timeout_s: float, on_look: Callable[[View], None] = 
         return
     for _ in range(2):  # agents take the first as a request, the second as an order
         insist(run)
-        time.sleep(0.5)
+        time.sleep(signals.AGAIN_AFTER_S + 0.2)
     if _until_gone(run, KILL_AFTER_S, on_look):
         return
     raise DeploymentError(f"{run.name} still runs: {where_alive(run)}")
