@@ -37,10 +37,11 @@ class Row:
 def rows(plan: Plan, ranks: Mapping[int, RankRecord]) -> list[Row]:
     """Every member of the plan, those of ranks that have not started as queued."""
     names = [(member.name, member.rank, ",".join(map(str, member.slots))) for member in plan.members]
-    names += [(name, 0, "") for name in (*plan.frontends, "nats", "etcd")]
-    # What else runs on the ranks that may lead, as they say themselves.
-    named = {name for name, _, _ in names}
-    names += [(name, rank, "") for rank in sorted(ranks) for name in ranks[rank].members if name not in named]
+    leading = (*plan.frontends, "nats", "etcd")
+    names += [(name, 0, "") for name in leading]
+    # The same on other ranks that may lead, as they say themselves; engines that have left are no longer shown.
+    found_there = [(name, rank) for rank in sorted(ranks) for name in ranks[rank].members if name not in leading]
+    names += [(name, rank, "") for name, rank in found_there if name.partition(".")[0] in leading]
     found = []
     for name, rank, slots in names:
         record = ranks.get(rank)

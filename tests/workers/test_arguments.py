@@ -51,7 +51,7 @@ def test_the_nodes_of_one_engine_differ_in_their_rank_alone() -> None:
     assert {name: first[name] for name in ("nnodes", "master_addr", "master_port", "tensor_parallel_size")} == {
         "nnodes": 2,
         "master_addr": "10.0.0.1",
-        "master_port": "20018",
+        "master_port": "20019",
         "tensor_parallel_size": 8,
     }
 
@@ -68,7 +68,7 @@ def test_data_parallel_ranks_over_nodes_use_hybrid_load_balancing() -> None:
         "data_parallel_start_rank": 8,
         "data_parallel_hybrid_lb": True,
         "data_parallel_address": "10.0.0.1",
-        "data_parallel_rpc_port": "20019",
+        "data_parallel_rpc_port": "20020",
         "enable_expert_parallel": True,
     }
     assert "nnodes" not in second
@@ -277,13 +277,13 @@ def test_ray_gets_a_cluster_of_the_engine_s_own_nodes() -> None:
     head, joined = (ray_cluster.start_command(where, member, PLACES, "/t/ray") for member in where.members)
 
     assert head[1:] == (
-        *("-m", "ray.scripts.scripts", "start", "--head", "--port=20023"),
+        *("-m", "ray.scripts.scripts", "start", "--head", "--port=20024"),
         *("--include-dashboard=false", "--temp-dir=/t/ray", "--node-ip-address=10.0.0.1", "--num-gpus=4"),
-        *("--node-manager-port=20024", "--object-manager-port=20025", "--runtime-env-agent-port=20026"),
-        *("--metrics-export-port=20027", "--dashboard-agent-grpc-port=20028", "--dashboard-agent-listen-port=20029"),
+        *("--node-manager-port=20025", "--object-manager-port=20026", "--runtime-env-agent-port=20027"),
+        *("--metrics-export-port=20028", "--dashboard-agent-grpc-port=20029", "--dashboard-agent-listen-port=20030"),
         *("--disable-usage-stats", "--block"),
     )
-    assert joined[3:6] == ("start", "--address=10.0.0.1:20023", "--node-ip-address=10.0.0.2")
+    assert joined[3:6] == ("start", "--address=10.0.0.1:20024", "--node-ip-address=10.0.0.2")
     found = engine_arguments(asked, where, where.members[0], PLACES)
     assert found["distributed_executor_backend"] == "ray"
     assert "nnodes" not in found
