@@ -14,7 +14,7 @@ from launch.chain import Chain, ChainRecord, Length, Trouble
 from launch.compose import Launch
 from launch.errors import ConfigError, NameTakenError, SubmitError
 from launch.handover import alive, first_link, next_link, stop_chain
-from launch.recipe import Launcher, Wait
+from launch.recipe import Launcher, OnBadNode, Wait
 from launch.records import CHAIN_FILE, LINKS, RunDirectory, link_numbers
 
 POLL_S = 1.0
@@ -76,6 +76,10 @@ def serve(
         raise ConfigError(f"chain={length} does not go with launcher={asked.launcher}: {REFUSED[asked.launcher]}")
     if asked.recipe.preflight.only:
         raise ConfigError("preflight.only=true tests one job's nodes: leave out chain")
+    if asked.recipe.preflight.on_bad_node is OnBadNode.RESUBMIT:
+        raise ConfigError(
+            "preflight.on_bad_node=resubmit does not go with chain, whose links nobody waits for: use exclude_and_shrink, or fail"
+        )
     if length.until is not None and length.until <= time.time():
         raise ConfigError(f"the chain would end {length}, which is over: give a date to come")
     chain = Chain(run.path)

@@ -28,7 +28,7 @@ from launch.elastic import Following
 from launch.errors import DeploymentError, LaunchError
 from launch.plan import Member, Plan
 from launch.recipe import Executor, Launcher, Recipe
-from launch.records import Head, Job, MemberRecord, Phase, RankRecord, RunDirectory, State
+from launch.records import Head, Job, Life, MemberRecord, Phase, RankRecord, RunDirectory, State
 from launch.standby import control_ranks, frontends_on
 from slurm import children, commands, control, extension, fabric, ghost, hosts, limit, ports, shield, signals
 from slurm.batch import notice_s
@@ -96,7 +96,7 @@ async def _serve(run: RunDirectory, ranks: Sequence[int], job_key: str) -> None:
     )
     results = await asyncio.gather(*(agent.run(job_key) for agent in agents), return_exceptions=True)
     watch.cancel()
-    await ghost.end(run, job, agents[0].lost, os.environ)
+    await ghost.end(run, job, [rank for rank in agents[0].lost if rank < where.ranks], os.environ)
     for result in results:
         if isinstance(result, BaseException):
             raise result
@@ -410,14 +410,15 @@ class Agent:
                 log.info("rank %d leads (term %d): %s", self._rank, headship.term, endpoint.url)
                 self._published.set()
                 losses = Losses(self._run, self._recipe, self._job, self._rank)
-                await _first(overseer.watch(), headship.deposed.wait(), self._succession().keep(), losses.watch())
+                leads = functools.partial(_leads_still, headship, headship.term)
+                await _first(overseer.watch(), headship.deposed.wait(), self._succession(leads).keep(), losses.watch())
             log.warning("rank %d no longer leads", self._rank)
 
-    def _succession(self) -> Succession:
+    def _succession(self, leads: Callable[[], bool]) -> Succession:
         """The life of the attempt, and its place in a chain; it goes on from what an earlier head has said of it."""
-        life = self._run.life(self._job.attempt)
-        began = life.started_at if life else time.time() - (time.monotonic() - self._started)
-        return Succession(self._run, self._recipe, self._job, self._stop, began)
+        began = time.time() - (time.monotonic() - self._started)
+        life = self._run.life(self._job.attempt) or Life(started_at=began)
+        return Succession(self._run, self._recipe, self._job, self._stop, life, leads)
 
     async def _keep_frontend(self, name: str) -> None:
         """A frontend, from the start where this rank leads, and once the deployment is ready where it may come to.
@@ -447,7 +448,7 @@ class Agent:
             return endpoint is not None
         # Nodes played by one machine have but one such port between them.
         alone = self._job.launcher is Launcher.LOCAL and self._recipe.frontend.port is not None
-        return endpoint.state is Phase.READY and not alone
+        return endpoint.state in (Phase.READY, Phase.DEGRADED) and not alone
 
     def _server(self, server: servers.Server) -> Supervised:
         return self._supervise(
@@ -738,6 +739,10 @@ async def _all_stopped(items: Sequence[Supervised]) -> None:
 async def _cancelled(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.wait([task])
+
+
+def _leads_still(headship: Headship, term: int) -> bool:
+    return headship.leads and headship.term == term
 
 
 async def _first(*waits: Coroutine[Any, Any, object]) -> None:

@@ -22,6 +22,7 @@ from launch.elastic import Following
 from launch.plan import NIXL_PROBE_PORT, PREFLIGHT_PORT, Plan
 from launch.recipe import Kind, Launcher, Level, OnBadNode, Recipe, When
 from launch.records import RankRecord, RunDirectory
+from launch.standby import control_ranks
 from slurm import exclusion, fabric, preflight, probe
 from slurm.fabric import Snapshot
 from slurm.preflight import PreflightError, Report
@@ -126,7 +127,10 @@ class Examination:
             where = following.look()
             if not where.joined or not preflight.between(recipe, self._launcher, where) or not self.sound.is_set():
                 continue
-            if not (found := self._testing(where)):
+            found: list[RankRecord] = []
+            with contextlib.suppress(OSError):  # the shared file system has a bad moment: look again
+                found = self._testing(where)
+            if not found:
                 continue
             self.close()  # it may still answer the job's own ranks
             self._answering = await probe.start(self._record.address, self._record.port_base + PREFLIGHT_PORT)
@@ -155,12 +159,24 @@ class Examination:
             self._record.address, port, self._recipe.cluster.nixl_backends[0], self._probe_environment(), log_path
         )
 
+    def _gone(self) -> set[int]:
+        """Ranks that a joining one does not meet any more."""
+        if not self._span:
+            return set()
+        endpoint = self._run.endpoint()
+        ended = {rank for rank, record in self._run.ranks(self._record.attempt).items() if record.ended}
+        return {*(endpoint.lost if endpoint else ()), *ended} - {self._record.rank}
+
     async def _report(self) -> Report:
         rank, environ = self._record.rank, dict(os.environ)
-        take = functools.partial(preflight.gather, self._recipe, rank, self._run.path, self.snapshot, environ)
+        # Nodes that one machine plays have but one such port between them.
+        leading = (0,) if self._launcher is Launcher.LOCAL else control_ranks(self._recipe, self._launcher)
+        take = functools.partial(
+            preflight.gather, self._recipe, rank in leading, self._run.path, self.snapshot, environ
+        )
         test = self._test if self._wide else None
         report, facts = await preflight.examine(
-            self._recipe, self._plan, self._record.attempt, rank, take, self._visible, test
+            self._recipe, self._plan, self._record.attempt, rank, take, self._visible, test, self._gone()
         )
         report.node = environ.get("SLURMD_NODENAME", "")
         self.buses = preflight.buses(facts, self._visible)
@@ -218,7 +234,7 @@ class Examination:
             return all(self._run.preflight_of(rank) is not None for rank in others)
         if not self._leads():
             return self._run.preflight_file.exists()
-        return self._run.preflights_written() == self._plan.ranks
+        return self._run.preflights_written() >= self._plan.ranks
 
     async def _tell_verdict(self, timeout_s: float) -> None:
         """Wait until every rank has reported; the head then publishes and logs it all."""

@@ -26,7 +26,7 @@ from workers.runtime.awake import AwakeClock
 
 log = logging.getLogger(__name__)
 
-POLL_S = 2.0
+POLL_S = 0.5  # not more than an AwakeClock counts at once
 # Twice what makes a rank silent: a file system that hangs for a moment costs no engine.
 LOST_AFTER_S = 30.0
 CONNECT_S = 2.0
@@ -88,7 +88,7 @@ class Losses:
         counts = Counter(engine.rpartition("-")[0] for engine in engines)
         words = [f"{role}=+{count}" for role, count in counts.items()]
         log.info("asking for a job in place of %s (%d of %d tries)", ", ".join(engines), self._tries, MOST_TRIES)
-        command = [sys.executable, "-m", "launch.scale", self._run.name, *words, "--no-wait"]
+        command = [sys.executable, "-m", "launch.scale", self._run.path.name, *words, "--no-wait"]
         command += ["--runs-dir", str(self._run.path.parent), "--in-place-of", *engines]
         process = await asyncio.create_subprocess_exec(
             *command,

@@ -14,7 +14,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -112,8 +112,8 @@ class Facts:
     port_taken: int | None = None
 
 
-def gather(recipe: Recipe, rank: int, run_dir: Path, snapshot: Snapshot, environ: Mapping[str, str]) -> Facts:
-    """The facts of this node; blocks for a second or two where nvidia-smi is asked."""
+def gather(recipe: Recipe, leading: bool, run_dir: Path, snapshot: Snapshot, environ: Mapping[str, str]) -> Facts:
+    """The facts of this node, whose port clients come to if it is `leading`; blocks for a second or two where nvidia-smi is asked."""
     states: tuple[GpuState, ...] = ()
     error = driver = None
     if recipe.engine.device == "cuda" and recipe.cluster.gpu_vendor == "nvidia":
@@ -138,7 +138,7 @@ def gather(recipe: Recipe, rank: int, run_dir: Path, snapshot: Snapshot, environ
         tmp_free=_free(tmp),
         tmp=tmp,
         model_error=_model_error(recipe),
-        port_taken=port if rank == 0 and port is not None and not _can_bind(port) else None,
+        port_taken=port if leading and port is not None and not _can_bind(port) else None,
     )
 
 
@@ -249,10 +249,11 @@ async def examine(
     take: Callable[[], Facts],
     visible: Sequence[str] | None,
     test: Callable[[int], Awaitable[Link]] | None,
+    gone: Collection[int] = (),
 ) -> tuple[Report, Facts]:
-    """Test this node, and with `test` the way to each of its peers; the facts come back with the report."""
+    """Test this node, and with `test` the way to each of its peers that has not `gone`; the facts come back with the report."""
     begun = time.monotonic()
-    ways = [test(peer) for peer in peers(plan, rank)] if test else []
+    ways = [test(peer) for peer in peers(plan, rank) if peer not in gone] if test else []
     facts, links = await asyncio.gather(asyncio.to_thread(take), asyncio.gather(*ways))
     findings = judge(facts, recipe, plan, rank, visible) + judge_links(links, recipe)
     seconds = round(time.monotonic() - begun, 3)

@@ -232,7 +232,7 @@ class Staging:
                     self._tell(f"{told} ({how})")
                 elif first_word_s is not None and time.monotonic() - begun > first_word_s:
                     raise StagingError(f"MPI did not begin within {first_word_s:.0f} s")
-            if ended.done() and ended.result():
+            if ended.done() and ended.result() and not self._stop.is_set():
                 raise StagingError(f"copying the model ({how}) ended with {ended.result()}: {child.tail(3)}")
         finally:
             await child.stop(STOP_GRACE_S)

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from launch.chain import (
     Chain,
@@ -34,6 +34,9 @@ from slurm import limit
 from slurm.batch import EARLY_S, notice_s
 
 log = logging.getLogger(__name__)
+
+# One that starts without a bad node is degraded from its first moment.
+SERVING = (Phase.READY, Phase.DEGRADED)
 
 POLL_S = 0.5
 AGAIN_S = 60.0
@@ -57,15 +60,21 @@ class Succession:
         recipe: Its recipe.
         job: The attempt.
         stop: Set when the deployment is asked to end; set here when another link has replaced it.
-        started_at: When its process began, in seconds since the epoch.
+        life: What is known of the attempt: when its process began, and what an earlier head has seen.
+        leads: Whether this rank is still the head that it was; one that is deposed has no last words.
     """
 
-    def __init__(self, run: RunDirectory, recipe: Recipe, job: Job, stop: asyncio.Event, started_at: float) -> None:
+    def __init__(
+        self, run: RunDirectory, recipe: Recipe, job: Job, stop: asyncio.Event, life: Life, leads: Callable[[], bool]
+    ) -> None:
         self._run = run
         self._recipe = recipe
         self._job = job
         self._stop = stop
-        self._life = Life(started_at=started_at)
+        self._leads = leads
+        self._life = Life(
+            started_at=life.started_at, ready_at=life.ready_at
+        )  # what an earlier head took for the end was none
         self._place = chain_of(run)
         self._replaced_at: float | None = None
         self._dated = False
@@ -90,11 +99,14 @@ class Succession:
                     self._troubled = True
                 await asyncio.sleep(POLL_S)
         finally:
-            await self._end()
+            if self._leads():
+                await self._end()
+            elif self._submission:
+                self._submission.cancel()  # its process finishes by itself, and the new head finds what it did
 
     async def _look(self) -> None:
         endpoint = self._run.endpoint()
-        if endpoint and endpoint.state is Phase.READY and self._life.ready_at is None:
+        if endpoint and endpoint.state in SERVING and self._life.ready_at is None:
             self._life.ready_at = time.time()
             self._save()
         if self._place:

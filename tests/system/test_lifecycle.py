@@ -109,7 +109,7 @@ def test_a_dry_run_prints_what_is_then_submitted(tmp_path: Path, cluster: SlurmC
     assert submitted.read_text().strip() in dry.stdout
     for said in (
         "prefill-1 on rank 1",
-        "VLLM_NIXL_SIDE_CHANNEL_PORT=<rank 3 port 20>",
+        "VLLM_NIXL_SIDE_CHANNEL_PORT=<rank 3 port 21>",
         "python -m launch +recipe=tiny_2p2d",
     ):
         assert said in dry.stdout
