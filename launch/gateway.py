@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 import ssl
 import sys
 import time
@@ -20,6 +21,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import aiohappyeyeballs
 import aiohttp
 import msgspec
 import uvloop
@@ -43,6 +45,11 @@ MOST_HEAD_BYTES = 64 << 10
 KEPT_BODY_BYTES = 64 << 20
 # Tries that ended in a cut connection: what cuts it every time is the request.
 MOST_CUTS = 4
+# Requests that make or change something are not sent again once the endpoint may have got them; those below only compute.
+MAKES = ("/v1/batches", "/v1/files", "/admin", "/sleep", "/wake_up", "/pause", "/resume")
+SAFE = ("GET", "HEAD", "OPTIONS")
+# A node that dies says nothing: after these seconds without an answer to the kernel's own questions a connection counts as cut.
+IDLE_S, BETWEEN_S, PROBES = 4, 2, 4
 # Between two hops, not between client and server (RFC 9110, 7.6.1).
 HOP_BY_HOP = {
     *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding"),
@@ -124,15 +131,19 @@ class Gateway:
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
+        if not request.raw_path.startswith("/"):  # a proxy's form, which would name another host
+            return web.Response(status=400, text="the target of a request has to be a path")
         kept, rest = await _body(request)
+        once = request.method not in SAFE and request.path.startswith(MAKES)
         deadline, cuts, why = time.monotonic() + self._wait_s, 0, ""
         while True:
             where = self._follower.target
             if where.origin is None:
                 if not where.hope or time.monotonic() > deadline:
-                    return unavailable(where.reason)
+                    return unavailable(why or where.reason)
                 await asyncio.sleep(AGAIN_S)
                 continue
+            unsent, tried_at = False, time.monotonic()
             try:
                 async with self._session.request(
                     request.method,
@@ -145,23 +156,27 @@ class Gateway:
                     # From the first byte of the answer on there is no other try.
                     refused = await _draining(answer)
                     if refused is None:
+                        kept = b""  # images may be large, and a stream long
                         return await _passed_through(request, answer)
                     why = refused
-            except aiohttp.ClientConnectorError as error:
-                why = f"{where.origin} does not answer ({error.os_error or error})"
+            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+                unsent, why = True, f"{where.origin} does not answer ({error})"
             except aiohttp.ClientError as error:
                 cuts += 1
                 why = f"{where.origin} ended the connection without an answer ({error})"
-            if rest is not None or cuts >= MOST_CUTS or time.monotonic() > deadline:
+                if once:
+                    return unavailable(why)
+            if time.monotonic() - tried_at > CONNECT_S + 1:  # it was being answered: that is no waiting
+                deadline = time.monotonic() + self._wait_s
+            if (rest is not None and not unsent) or cuts >= MOST_CUTS or time.monotonic() > deadline:
                 return unavailable(why)
             await self._moved(where, deadline)
 
     async def _moved(self, before: Target, deadline: float) -> None:
         """Wait a moment; return early when requests go elsewhere."""
         until = min(deadline, time.monotonic() + AGAIN_S)
-        while self._follower.target == before and time.monotonic() < until:
-            if await self._follower.look() == before:
-                await asyncio.sleep(AGAIN_S)
+        while self._follower.target == before and time.monotonic() < until:  # noqa: ASYNC110  # what changes is a file
+            await asyncio.sleep(AGAIN_S / 5)
 
 
 async def _body(request: web.BaseRequest) -> tuple[bytes, aiohttp.StreamReader | None]:
@@ -218,7 +233,8 @@ async def _passed_through(request: web.BaseRequest, answer: aiohttp.ClientRespon
 def passed_on(headers: Mapping[str, str]) -> CIMultiDict[str]:
     """The headers that go on to the other side."""
     items: Iterable[tuple[str, str]] = headers.items()
-    named = {word.strip().lower() for word in headers.get("Connection", "").split(",")}
+    said = ",".join(value for name, value in items if name.lower() == "connection")
+    named = {word.strip().lower() for word in said.split(",")}
     gone = HOP_BY_HOP | named | {"host", "expect"}
     return CIMultiDict((name, value) for name, value in items if name.lower() not in gone)
 
@@ -236,11 +252,16 @@ async def opened(path: Path, secure: ssl.SSLContext | None, host: str, port: int
     follower = Follower(path)
     await follower.look()
     # No limit of connections, nor of time: an answer takes as long as it takes, and the endpoint bounds both.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S, socket_factory=_watched)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)
     async with (
         aiohttp.ClientSession(
-            connector=connector, timeout=timeout, auto_decompress=False, skip_auto_headers=SILENT, read_bufsize=1 << 18
+            connector=connector,
+            timeout=timeout,
+            auto_decompress=False,
+            skip_auto_headers=SILENT,
+            read_bufsize=1 << 18,
+            cookie_jar=aiohttp.DummyCookieJar(),  # clients share nothing
         ) as session,
         asyncio.TaskGroup() as group,
     ):
@@ -261,6 +282,18 @@ async def opened(path: Path, secure: ssl.SSLContext | None, host: str, port: int
         finally:
             following.cancel()
             await runner.cleanup()
+
+
+def _watched(address: aiohappyeyeballs.AddrInfoType) -> socket.socket:
+    """A socket that notices a peer which died without a word."""
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = {socket.TCP_KEEPIDLE: IDLE_S, socket.TCP_KEEPINTVL: BETWEEN_S, socket.TCP_KEEPCNT: PROBES}
+    options[socket.TCP_USER_TIMEOUT] = 1000 * (IDLE_S + BETWEEN_S * PROBES)
+    for option, value in options.items():
+        made.setsockopt(socket.IPPROTO_TCP, option, value)
+    return made
 
 
 async def serve(path: Path, secure: ssl.SSLContext | None, host: str, port: int, wait_s: float) -> None:

@@ -29,32 +29,25 @@ TOKENS = 20
 
 
 @pytest.mark.parametrize(
-    ("cuts", "later_s", "sources", "targets"),
+    ("cuts", "later_s", "targets"),
     [
-        pytest.param([], 0, set(), set(), id="nothing is known"),
-        pytest.param(
-            [("p1", "d1")], 0, set(), {"d1"}, id="one of two decode workers cannot: the prefill worker is of use"
-        ),
-        pytest.param([("p1", "d1"), ("p1", "d2")], 0, {"p1"}, {"d1", "d2"}, id="neither can: it is not"),
-        pytest.param([("p1", "d1"), ("p2", "d2")], 0, set(), {"d1"}, id="each cannot reach another one"),
-        pytest.param([("p1", "d1"), ("p1", "d2")], 31, set(), set(), id="after a while it is tried again"),
-        pytest.param(
-            [("p1", "d1"), ("p1", "gone")], 0, set(), {"d1", "gone"}, id="one that is gone counts for nothing"
-        ),
+        pytest.param([], 0, set(), id="nothing is known"),
+        pytest.param([("p1", "d1")], 0, {"d1"}, id="one of two decode workers cannot"),
+        pytest.param([("p1", "d1"), ("p1", "d2")], 0, {"d1", "d2"}, id="neither can"),
+        pytest.param([("p1", "d1"), ("p2", "d2")], 0, {"d1"}, id="each cannot reach another one"),
+        pytest.param([("p1", "d1"), ("p1", "d2")], 31, set(), id="after a while it is tried again"),
     ],
 )
-def test_what_a_cut_pair_rules_out(
-    cuts: list[tuple[str, str]], later_s: float, sources: set[str], targets: set[str]
-) -> None:
-    """The prefill workers that no decode worker can pull from, and the decode workers that cannot pull from p1."""
+def test_what_a_cut_pair_rules_out(cuts: list[tuple[str, str]], later_s: float, targets: set[str]) -> None:
+    """The decode workers that cannot pull from p1, and whether there are any such pairs."""
     now = [100.0]
     pairs = Pairs(avoid_s=30, now=lambda: now[0])
     for pair in cuts:
         pairs.cut(*pair)
     now[0] += later_s
 
-    assert pairs.sources({"d1", "d2"}) == sources
     assert pairs.targets("p1") == targets
+    assert pairs.any is (later_s < 30 and bool(cuts))
 
 
 async def test_a_pull_from_a_peer_that_falls_silent_is_ended(port: int) -> None:
@@ -203,6 +196,19 @@ def first_prefill(paths: list[list[Path]]) -> list[Path]:
 def one_pair(paths: list[list[Path]]) -> list[Path]:
     """The path between two workers."""
     return [paths[0][0]]
+
+
+async def test_the_last_attempt_pulls_nothing_where_pulls_have_failed(plane: Plane, port: int) -> None:
+    """More pairs are cut than there are attempts, and none of them is known yet."""
+    async with pulled_over_paths(plane, port, 1, 3) as paths:
+        reasons = local_reasons(plane)
+        right = await undisturbed(plane.workers[0])
+        for path in first_prefill(paths):
+            path.open.clear()
+        answered = await asked_whole(plane, 3 * NOTICED_S)
+
+    assert answered == right
+    assert reasons == [Reason.CUT]
 
 
 @pytest.mark.parametrize(

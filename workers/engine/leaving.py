@@ -109,7 +109,9 @@ def leave_at_once(code: int) -> NoReturn:
     The interpreter's own way out would wait for the engine's processes, which may be stopped or stuck. They end with this
     one; what they leave behind is the agent's to clean (`slurm.children`).
     """
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # a full disk keeps nobody here
+        os._exit(code)

@@ -122,7 +122,9 @@ class RequestServer:
     def close(self) -> None:
         """Stop listening; the last frames may still leave."""
         if self._socket:
+            self._flush()  # what waits for its millisecond
             self._socket.close(linger_ms=500)
+            self._socket = None
         if self._door:
             self._door.close()
 
@@ -288,6 +290,8 @@ class RequestServer:
         return step
 
     def _flush(self) -> None:
+        if self._socket is None:
+            return  # closed: whoever listens has been told by the connection's end
         self._urgent = False
         self._next_flush = asyncio.get_running_loop().time() + FRAME_GAP_S
         steps = list(self._steps.items())

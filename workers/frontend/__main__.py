@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import uvloop
 
 from launch.elastic import Following
@@ -76,6 +77,7 @@ BATCHES = "batches"
 KERNEL_SEND_BYTES = 256 << 10
 SETTLE_S = 1.0
 LEADS_S = 1.0
+MOVED_S = 1.0
 
 
 def main() -> int:
@@ -268,7 +270,10 @@ async def serve(
         report("ready")
         await stop.wait()
         report("draining")
-        service.moved = await asyncio.to_thread(RunDirectory(folder).moved)
+        app.draining = True
+        with contextlib.suppress(OSError, msgspec.DecodeError, TimeoutError):  # nobody waits for the shared file system
+            async with asyncio.timeout(MOVED_S):
+                service.moved = await asyncio.to_thread(RunDirectory(folder).moved)
         await drain(app, listening, server, links, recipe.engine.drain_s)
         for task in tasks:
             task.cancel()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -154,9 +154,15 @@ class Pool:
         ]
 
     def pick(
-        self, kind: Kind, question: Question, avoid: set[str], fingerprint: str = "", computes: bool = True
+        self,
+        kind: Kind,
+        question: Question,
+        avoid: Collection[str],
+        fingerprint: str = "",
+        computes: bool = True,
+        cut: Collection[str] = (),
     ) -> Target:
-        """A worker for a leg, not among those of `avoid` (instances) unless there is no other.
+        """A worker for a leg, not among those of `avoid` (instances) unless there is no other, and those of `cut` last of all.
 
         With a fingerprint, only workers that may pull a KV cache from a worker of that fingerprint. `computes` says whether
         the prompt is computed there, not pulled.
@@ -167,7 +173,8 @@ class Pool:
         usable = self.usable(kind, question.adapter)
         if fingerprint:
             usable = [link for link in usable if link.card.fingerprint in ("", fingerprint)]
-        links = [link for link in usable if link.card.instance not in avoid] or usable
+        possible = [link for link in usable if link.card.instance not in cut] or usable
+        links = [link for link in possible if link.card.instance not in avoid] or possible
         rank = -1 if kind is Kind.PREFILL else question.dp_rank
         targets = [target for link in links for target in _targets(link, rank)]
         if not targets:
@@ -196,7 +203,14 @@ class Pool:
 
     def unpulled(self, question: Question) -> set[str]:
         """Instances of prefill workers that no decode worker can pull from."""
-        return self.pairs.sources({link.card.instance for link in self.usable(Kind.DECODE, question.adapter)})
+        decodes = self.usable(Kind.DECODE, question.adapter)
+        found = set()
+        for prefill in self.usable(Kind.PREFILL, question.adapter) if self.pairs.any else ():
+            card = prefill.card
+            could = {link.card.instance for link in decodes if link.card.fingerprint in ("", card.fingerprint)}
+            if could and could <= self.pairs.targets(card.instance):
+                found.add(card.instance)
+        return found
 
     def _cached_tokens(self, links: list[Link], question: Question) -> int:
         """The most tokens of a prompt that one of these workers caches, as far as is known."""
@@ -265,15 +279,18 @@ async def answer(pool: Pool, question: Question, relay: Relay) -> Answered:
         ApiError: The request was refused, or no attempt succeeded.
     """
     avoid: set[str] = set()
+    unpulled = False  # whether a decode worker could not reach the prefill worker
     for attempt in range(pool.attempts):
+        final = attempt == pool.attempts - 1
         # An engine may still be ending the last attempt under its own id.
         asked = replace(question, request_id=f"{question.request_id}-{attempt}") if attempt else question
         try:
-            last = await _attempt(pool, asked, relay, avoid)
+            last = await _attempt(pool, asked, relay, avoid, unpulled and final)
         except LegLostError as error:
-            if attempt == pool.attempts - 1:
+            if final:
                 raise ApiError(error.failed.status, error.failed.message, retry_after_s=1) from error
             avoid.add(error.instance)
+            unpulled = unpulled or error.failed.source_lost
             relay.begin_again(keep=relay.written or not (question.restarts or question.render.stream))
             if relay.ids:
                 pool.on_resumed()
@@ -378,19 +395,20 @@ class Releaser:
             _release(self._pool, self._question, last.transfer)
 
 
-async def _attempt(pool: Pool, question: Question, relay: Relay, avoid: set[str]) -> wire.End:
+async def _attempt(pool: Pool, question: Question, relay: Relay, avoid: set[str], unpulled: bool) -> wire.End:
+    """One attempt. With `unpulled` the decode worker computes the prompt: this is the last, and pulls have failed."""
     if question.media and pool.usable(Kind.ENCODE):
         question = await _encoded(pool, question, avoid)
     if not pool.disaggregated:
         return await _whole(pool, Kind.AGGREGATED, question, relay, avoid)
-    reason = pool.local_reason(question)
+    reason = pool.local_reason(question) or (Reason.CUT if unpulled else None)
     if reason is not None:
         pool.on_local(reason)
         return await _whole(pool, Kind.DECODE, question, relay, avoid | pool.crowded(question, reason))
     source, prefilled = await _prefill(pool, question, relay, avoid)
     try:
         cut = pool.pairs.targets(source.card.instance)
-        target = pool.pick(Kind.DECODE, question, avoid | cut, source.card.fingerprint, computes=False)
+        target = pool.pick(Kind.DECODE, question, avoid, source.card.fingerprint, computes=False, cut=cut)
         if time.time() > prefilled.expires_at:
             raise LegLostError(wire.Failed(0, 503, "the prefill expired, or the nodes' clocks differ", True), "")
     except (ApiError, LegLostError):
@@ -457,7 +475,7 @@ async def _encoded(pool: Pool, question: Question, avoid: set[str]) -> Question:
 
 async def _prefill(pool: Pool, question: Question, relay: Relay, avoid: set[str]) -> tuple[Link, wire.Prefilled]:
     """The prefill leg. When the client leaves during it, its result is released as soon as it is there."""
-    target = pool.pick(Kind.PREFILL, question, avoid | pool.unpulled(question))
+    target = pool.pick(Kind.PREFILL, question, avoid, cut=pool.unpulled(question))
     pool.on_leg(Kind.PREFILL)
 
     def build(stream: int) -> wire.Generate:

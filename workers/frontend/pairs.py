@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Pairs:
         """Decode workers that cannot pull from this prefill worker."""
         return {target for (one, target), until in self._until.items() if one == source and until > self._now()}
 
-    def sources(self, targets: Collection[str]) -> set[str]:
-        """Prefill workers that none of these decode workers can pull from."""
-        cut = [source for (source, target), until in self._until.items() if target in targets and until > self._now()]
-        return {source for source in cut if cut.count(source) == len(targets)}
+    @property
+    def any(self) -> bool:
+        """Whether there is one."""
+        return any(until > self._now() for until in self._until.values())
