@@ -148,8 +148,12 @@ class Supervised:
                 self._engine_is_over()  # now, before anything is cleaned up: the others have to go too
                 for watch in watches:
                     watch.cancel()
-        except* DeploymentError as errors:
-            raise errors.exceptions[0] from None
+        except BaseExceptionGroup as errors:
+            # Not except*: what that raises is a group again in some releases of Python 3.11, and not in others.
+            late, others = errors.split(DeploymentError)
+            if late is None or others is not None:
+                raise
+            raise late.exceptions[0] from None
         finally:
             # Also on the way out of a cancelled or failed deployment: nothing of the child may stay behind.
             await asyncio.shield(asyncio.ensure_future(child.stop(command.stop_grace_s)))
