@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from slurm.broadcast import HEADER
 from slurm.weights import StagingError
@@ -23,6 +23,8 @@ PROVE_S = 10.0
 BUFFER = 4 << 20
 POLL_S = 0.0002
 SILENT_S = 120.0
+
+Buffer = TypeVar("Buffer", bytearray, memoryview)
 
 
 class SocketChannel:
@@ -176,7 +178,12 @@ def _tuned(connection: socket.socket) -> socket.socket:
     return connection
 
 
-def exactly(connection: socket.socket, into: bytearray) -> bytearray:
+def exactly(connection: socket.socket, into: Buffer) -> Buffer:
+    """Fill the buffer.
+
+    Raises:
+        EOFError: The other side closed the connection first.
+    """
     view, done = memoryview(into), 0
     while done < len(into):
         count = connection.recv_into(view[done:])

@@ -75,13 +75,13 @@ def printed_commands(text: str) -> list[list[str]] | None:
 
 
 @contextlib.contextmanager
-def world() -> Iterator[Any]:
+def world(thread_level: str = "multiple") -> Iterator[Any]:
     """MPI's world, of one process for each node."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.pop("TMPDIR", None)  # that of the node where mpiexec runs
     import mpi4py
 
-    mpi4py.rc.thread_level = "multiple"
+    mpi4py.rc.thread_level = thread_level
     from mpi4py import MPI
 
     log.info("%s", MPI.Get_library_version().splitlines()[0])

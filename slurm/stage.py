@@ -191,11 +191,11 @@ def standing(run: RunDirectory, attempt: int, rank: int) -> Standing | None:
     return item if item and item.attempt == attempt else None
 
 
-def standings(run: RunDirectory, attempt: int, extension: int) -> list[Standing]:
-    """What the ranks of a job said in this attempt."""
+def standings(run: RunDirectory, attempt: int, extension: int | None = None) -> list[Standing]:
+    """What the ranks said in this attempt: those of one job, or all."""
     ranks = (int(path.stem) for path in (run.path / "weights").glob("[0-9]*.json"))
     found = (standing(run, attempt, rank) for rank in sorted(ranks))
-    return [item for item in found if item and item.extension == extension]
+    return [item for item in found if item and extension in (None, item.extension)]
 
 
 if __name__ == "__main__":
