@@ -27,7 +27,6 @@ from launch.recipe import Transport
 from slurm import mpich, staging
 from slurm.broadcast import Ring, copy_alone, from_folder, share_out
 from slurm.channels import MpiChannel, socket_ring
-from slurm.stage import mpi
 from slurm.weights import Copy, Piece, listing
 
 SECRET = b"benchmark"
@@ -170,7 +169,7 @@ def run_mpi(nodes: int, model: Path, rate_mb: float) -> float:
 
 def mpi_node(model: Path, rate_mb: float) -> None:
     """One node of `run_mpi`."""
-    with mpi() as comm:
+    with mpich.world() as comm:
         copy = Copy(model.parent / f"n{comm.rank}", listing(model))
         if not copy.try_claim():
             raise SystemExit("claimed")
