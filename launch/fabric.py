@@ -33,7 +33,7 @@ from launch.records import write
 from slurm import batch
 from slurm.environments import interpreter
 from slurm.heatmap import picture
-from slurm.matrix import MEET_S, MPI_START_S, ROUND_S, Asked, Meeting
+from slurm.matrix import MEET_S, MPI_START_S, ROUND_S, Asked, Meeting, Standing
 from slurm.pairs import Found, Matrix, Verdict, matrix, verdict
 
 SOUND, IMPOSSIBLE, SLOW = 0, 1, 2
@@ -107,12 +107,19 @@ def measure(overrides: Sequence[str], ranks: int | None, sockets: str) -> list[F
         raise
     meeting = Meeting(folder)
     found = [item for rank in range(size) if (item := meeting.get("found", rank, Found))]
-    if len(found) < size or any(codes):
-        raise LaunchError(
-            f"{size - len(found)} of {size} nodes found nothing (exit codes {codes}):\n{said(folder)}\nall logs are in {folder}"
-        )
-    shutil.rmtree(folder, ignore_errors=True)
-    return found
+    if not found:
+        raise LaunchError(f"no node found anything (exit codes {codes}):\n{said(folder)}\nall logs are in {folder}")
+    absent = set(range(size)) - {item.rank for item in found}
+    if not absent:
+        shutil.rmtree(folder, ignore_errors=True)
+    return [*found, *(lost(meeting, rank, found[0].over) for rank in sorted(absent))]
+
+
+def lost(meeting: Meeting, rank: int, over: str) -> Found:
+    """What stands for a node that left no result: its process died on the way."""
+    where = meeting.get("standing", rank, Standing)
+    host, why = where.host if where else f"rank{rank}", f"left no result; the logs are in {meeting.path}"
+    return Found(rank=rank, host=host, address=where.address if where else "", over=over, errors={rank: why})
 
 
 def nodes(environ: Mapping[str, str]) -> int:

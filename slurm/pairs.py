@@ -15,7 +15,8 @@ SLOW_LATENCY = 3.0
 class Found(msgspec.Struct, kw_only=True, frozen=True):
     """What the node `rank` found: latency in us (one way) by peer, each pair once, and GB/s from here to each peer.
 
-    `over` is what carried it; `errors` are the peers that were not reached, with the reason.
+    `over` is what carried it; `errors` are the peers that were not reached, with the reason; its own
+    rank stands for all.
     """
 
     rank: int
@@ -86,7 +87,7 @@ def matrix(found: Sequence[Found]) -> Matrix:
         latency_us=latency,
         gb_per_s=rate,
         errors=[
-            f"{labels[rank]} - {labels[peer]}: {why}"
+            f"{labels[rank]} - {labels[peer]}: {why}" if peer != rank else f"{labels[rank]} {why}"
             for rank, item in sorted(by_rank.items())
             for peer, why in sorted(item.errors.items())
         ],

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -50,6 +53,38 @@ def test_three_processes_of_this_machine_measure_each_other(tmp_path: Path) -> N
     assert f"{told['matrix']['gb_per_s'][0][2]:.2f}" in done.stdout
     assert texts["nodes"].split() == told["matrix"]["names"]
     assert list(runs.iterdir()) == []
+
+
+def test_a_node_that_dies_takes_only_its_own_pairs(tmp_path: Path) -> None:
+    """One of four processes is killed once it has met the others: what is left is measured, and who is missing is named."""
+    argv = [sys.executable, "-m", "launch.doctor", "--fabric", "--ranks", "4", "--sockets", f"runs_dir={tmp_path}"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
+        while not (there := list(tmp_path.glob(".fabric-*/standing-3.json"))):
+            assert process.poll() is None
+            time.sleep(0.005)
+        folder = there[0].parent
+        pid = process_of(folder, 3)
+        while not (folder / "reached-3.json").exists():
+            assert process.poll() is None
+            time.sleep(0.005)
+        os.kill(pid, signal.SIGKILL)
+        said = process.communicate(timeout=100)[0]
+
+    unmeasured = [line for line in said.splitlines() if line.endswith("not measured")]
+    assert process.returncode == 2
+    assert len(unmeasured) == 3
+    assert all("#3: not measured" in line for line in unmeasured)
+    assert f"#3 left no result; the logs are in {folder}" in said
+
+
+def process_of(folder: Path, rank: int) -> int:
+    """The process that plays a node."""
+    wanted = [b"slurm.matrix", str(folder).encode(), str(rank).encode()]
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if (entry / "cmdline").read_bytes().split(b"\0")[-4:-1] == wanted:
+                return int(entry.name)
+    raise AssertionError(f"nobody plays rank {rank}")
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_the_matrix_is_put_together_from_what_nodes_found() -> None:
     found = [
         Found(rank=2, host="c.site", address="", over="x"),
         Found(rank=0, host="a.site", address="", over="x", latency_us={1: 5.0}, gb_per_s={1: 1.0}, errors={2: "no way"}),
-        Found(rank=1, host="b.site", address="", over="x", gb_per_s={0: 2.0}),
+        Found(rank=1, host="b.site", address="", over="x", gb_per_s={0: 2.0}, errors={1: "left nothing"}),
     ]  # fmt: skip
 
     made = matrix(found)
@@ -106,7 +106,7 @@ def test_the_matrix_is_put_together_from_what_nodes_found() -> None:
     assert made.names == ["a", "b", "c"]
     assert made.latency_us == [[None, 5.0, None], [5.0, None, None], [None, None, None]]
     assert made.gb_per_s == [[None, 1.0, None], [2.0, None, None], [None, None, None]]
-    assert made.errors == ["a - c: no way"]
+    assert made.errors == ["a - c: no way", "b left nothing"]
 
 
 def test_names_are_short_and_tell_nodes_apart() -> None:
