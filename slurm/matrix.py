@@ -46,6 +46,8 @@ MPI_START_S = 60.0
 # A pair takes under a second; this is how long all rounds may take for each of them before MPI is given up.
 ROUND_S = 4.0
 POLL_S = 0.05
+NAME = "fabric"
+COMPLAINT = f"ERROR {NAME}: "
 
 Bytes = npt.NDArray[np.uint8]
 Kind = TypeVar("Kind")
@@ -131,7 +133,7 @@ def main() -> int:
     """Take part; 1 when nothing could be found out, with the reason on standard output."""
     meeting = Meeting(Path(sys.argv[1]))
     os.umask(0o077)
-    set_up_logging("fabric")
+    set_up_logging(NAME)
     try:
         if sys.argv[2:] == ["mpi"] or meeting.asked().direct:
             measure_by_mpi(meeting)
@@ -200,10 +202,12 @@ def try_mpi(meeting: Meeting, size: int, rank: int, address: str) -> str:
                 said = f"exit code {process.wait(limit_s)}"
             except subprocess.TimeoutExpired:
                 said = f"not done within {limit_s:.0f} s"
+        if rank == 0:
+            said = complaint((meeting.path / "mpiexec.log").read_text(errors="replace")) or said
         meeting.put("ended", rank, "" if meeting.get("found", rank, Found) else said)
         ends = meeting.wait("ended", range(size), str, limit_s + MEET_S)
     failed = [f"rank {place}: {end}" for place, end in enumerate(ends) if end]
-    return f"MPI failed, {failed[0]}; see mpiexec.log" if failed else ""
+    return f"MPI failed on {failed[0]}" if failed else ""
 
 
 def start_mpi(meeting: Meeting, size: int, address: str, around: contextlib.ExitStack) -> Commands:
@@ -223,6 +227,11 @@ def start_mpi(meeting: Meeting, size: int, address: str, around: contextlib.Exit
         time.sleep(POLL_S)
     last = file.read_text(errors="replace").strip().rpartition("\n")[2]
     return Commands(why=f"mpiexec printed no commands: {last or process.returncode}")
+
+
+def complaint(text: str) -> str:
+    """The first error of ours among what mpiexec passed on. Pure."""
+    return next((line.partition(COMPLAINT)[2] for line in text.splitlines() if COMPLAINT in line), "")
 
 
 @contextlib.contextmanager
@@ -249,7 +258,11 @@ def measure_by_mpi(meeting: Meeting) -> None:
         MatrixError: MPI sees another number of processes than there are nodes.
     """
     asked = meeting.asked()
-    with mpich.world("single") as comm:
+    with contextlib.ExitStack() as around:
+        try:
+            comm = around.enter_context(mpich.world("single"))
+        except (ImportError, RuntimeError) as error:  # which of the two, mpi4py decides by the way it was built
+            raise MatrixError(f"mpi4py cannot load MPI: {error}") from error
         if comm.size != asked.size:
             how = f"srun --mpi={asked.cluster.mpi}" if asked.direct else "mpiexec"
             raise MatrixError(f"{how} started {asked.size} processes and MPI sees {comm.size}: set cluster.mpi=null")

@@ -19,6 +19,7 @@ from rich.console import Console
 from launch import fabric
 from launch.compose import read
 from launch.errors import ConfigError, SubmitError
+from slurm import mpich
 from slurm.pairs import Matrix, verdict
 from tests.slurm_cluster import SlurmCluster
 
@@ -55,6 +56,32 @@ def test_three_processes_of_this_machine_measure_each_other(tmp_path: Path) -> N
     assert list(runs.iterdir()) == []
 
 
+MPIEXEC = """#!/bin/sh
+for place in 1 2; do echo 'HYDRA_LAUNCH: sh -c "exit 7"'; done
+echo HYDRA_LAUNCH_END
+echo 'x ERROR fabric: mpi4py cannot load MPI: no libmpi.so'
+exec sleep 100
+"""
+
+
+def test_where_mpi_fails_the_nodes_measure_over_sockets(tmp_path: Path) -> None:
+    """An mpiexec whose processes end at once, as where its library is not found: said with the reason, and measured."""
+    pytest.importorskip("mpi4py")
+    mpiexec = tmp_path / "mpiexec.hydra"
+    mpiexec.write_text(MPIEXEC)
+    mpiexec.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    if mpich.find_mpiexec(env) != str(mpiexec):
+        pytest.skip("the mpiexec.hydra beside this Python goes first")
+    done = ask("--ranks", "2", f"runs_dir={tmp_path / 'runs'}", env=env)
+
+    assert done.returncode in (0, 2), done.stderr
+    reason = "MPI failed on rank 0: mpi4py cannot load MPI: no libmpi.so"
+    assert done.stdout.splitlines()[0] == f"2 nodes over sockets ({reason})"
+    assert "not measured" not in done.stdout
+
+
+@pytest.mark.nightly
 def test_a_node_that_dies_takes_only_its_own_pairs(tmp_path: Path) -> None:
     """One of four processes is killed once it has met the others: what is left is measured, and who is missing is named."""
     argv = [sys.executable, "-m", "launch.doctor", "--fabric", "--ranks", "4", "--sockets", f"runs_dir={tmp_path}"]
