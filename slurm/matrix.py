@@ -165,6 +165,7 @@ def join(meeting: Meeting, rank: int) -> None:
             hosts.refuse_loopback((own.machine, own.address), (other.machine, other.address))
         why = asked.sockets or try_mpi(meeting, asked.size, rank, own.address)
         if why:
+            (meeting.path / f"found-{rank}.json").unlink(missing_ok=True)  # MPI may have failed for others only
             found = measure_by_sockets(meeting, listener, standings, rank, asked.secret, f"sockets ({why})")
             meeting.put("found", rank, found)
 
