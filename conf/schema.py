@@ -279,6 +279,9 @@ class ClusterConf:
     """sbatch flags that every job needs here, by their long names."""
     srun_args: list[str] = field(default_factory=list)
     """Arguments that every srun needs here."""
+    mpi: str | None = None
+    """How srun starts the site's own MPI (pmix, pmi2, cray_shasta; see `srun --mpi=list`), which launch.doctor --fabric then
+    uses; null starts MPICH without srun's help, where it is installed."""
     setup: list[str] = field(default_factory=list)
     """Lines of shell for every batch script, before those of slurm.setup."""
     env: dict[str, str] = field(default_factory=dict)

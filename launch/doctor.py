@@ -2,6 +2,7 @@
 
 On a login node: which profile is this machine's, what is missing, and what differs from the profile. Inside an allocation:
 the preflight, on its nodes. With --write: a profile for a machine that has none, from what its Slurm says.
+With --fabric: the network between its nodes (launch.fabric).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from launch import site
+from launch import fabric, site
 from launch.compose import Launch, read
 from launch.errors import LaunchError, closest
 from launch.plan import plan
@@ -35,6 +36,7 @@ Says what this machine lacks for Baton, each with what to do; exit code 1 when s
 also whether that one would run. Inside an allocation (salloc) it tests the allocation's nodes instead.
 
 --write FILE   draft a profile of this machine from what its Slurm says
+--fabric       inside an allocation: latency and bandwidth between all pairs of its nodes; see --fabric --help
 """
 NAME = "doctor"
 # Tables of mounted file systems that other nodes see as well.
@@ -60,6 +62,8 @@ FILES = 4096
 def main() -> int:
     """Examine; 0 when nothing must be done, 1 when something must."""
     words = sys.argv[1:]
+    if "--fabric" in words:
+        return fabric.main([word for word in words if word != "--fabric"])
     if {"--help", "-h"} & set(words):
         print(HELP)
         return 0

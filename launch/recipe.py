@@ -7,6 +7,7 @@ is one GPU, or on machines without GPUs one engine (`Cluster.cpu_engines_per_nod
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -434,6 +435,7 @@ class Cluster:
     refused: Mapping[str, str] = field(default_factory=dict)
     sbatch: Mapping[str, Any] = field(default_factory=dict)
     srun_args: tuple[str, ...] = ()
+    mpi: str | None = None
     setup: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     unset: tuple[str, ...] = ()
@@ -460,6 +462,8 @@ class Cluster:
             )
         if self.gpu_vendor not in ("nvidia", "amd"):
             raise ConfigError(f"cluster.gpu_vendor is nvidia or amd, got {self.gpu_vendor!r}")
+        if self.mpi is not None and not re.fullmatch(r"[a-z0-9_]+", self.mpi):
+            raise ConfigError(f"cluster.mpi is what `srun --mpi=list` lists, such as pmix, got {self.mpi!r}")
         if self.account_form is not None and self.account_form.count("{account}") != 1:
             raise ConfigError(f"cluster.account_form holds {{account}} once, got {self.account_form!r}")
         if self.subnet is not None:

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from slurm.broadcast import HEADER
 from slurm.weights import StagingError
@@ -23,6 +23,8 @@ PROVE_S = 10.0
 BUFFER = 4 << 20
 POLL_S = 0.0002
 SILENT_S = 120.0
+
+Buffer = TypeVar("Buffer", bytearray, memoryview)
 
 
 class SocketChannel:
@@ -40,11 +42,11 @@ class SocketChannel:
 
     def receive_header(self) -> bytes:
         """Wait for the next header."""
-        return bytes(_exactly(self._inward, bytearray(HEADER.size)))
+        return bytes(exactly(self._inward, bytearray(HEADER.size)))
 
     def receive_payload(self, into: bytearray) -> None:
         """Fill the buffer."""
-        _exactly(self._inward, into)
+        exactly(self._inward, into)
 
     def abort(self) -> None:
         """Close both ways."""
@@ -109,8 +111,8 @@ def socket_ring(
         try:
             listener = stack.enter_context(socket.create_server(addresses[place], backlog=8))
             with ThreadPoolExecutor(2) as pool:  # each neighbour does both at once
-                coming = pool.submit(_accept, listener, secret, timeout_s)
-                going = pool.submit(_connect, onward, secret, timeout_s)
+                coming = pool.submit(accept, listener, secret, timeout_s)
+                going = pool.submit(connect, onward, secret, timeout_s)
             for each in (going, coming):
                 if each.exception() is None:
                     stack.enter_context(each.result())
@@ -122,7 +124,7 @@ def socket_ring(
         yield SocketChannel(*connections)
 
 
-def _connect(address: tuple[str, int], secret: bytes, timeout_s: float) -> socket.socket:
+def connect(address: tuple[str, int], secret: bytes, timeout_s: float) -> socket.socket:
     """A connection to a node that knows the secret, once it listens."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -136,7 +138,7 @@ def _connect(address: tuple[str, int], secret: bytes, timeout_s: float) -> socke
         ours = secrets.token_bytes(NONCE)
         try:
             connection.sendall(ours)
-            answer = bytes(_exactly(connection, bytearray(NONCE + PROOF)))
+            answer = bytes(exactly(connection, bytearray(NONCE + PROOF)))
         except BaseException:
             connection.close()
             raise
@@ -148,7 +150,7 @@ def _connect(address: tuple[str, int], secret: bytes, timeout_s: float) -> socke
         return connection
 
 
-def _accept(listener: socket.socket, secret: bytes, timeout_s: float) -> socket.socket:
+def accept(listener: socket.socket, secret: bytes, timeout_s: float) -> socket.socket:
     """The first connection from somebody who knows the secret; the others are closed."""
     deadline = time.monotonic() + timeout_s
     while (left := deadline - time.monotonic()) > 0:
@@ -156,9 +158,9 @@ def _accept(listener: socket.socket, secret: bytes, timeout_s: float) -> socket.
         connection, _ = listener.accept()
         connection.settimeout(min(left, PROVE_S))
         with contextlib.suppress(OSError, EOFError):
-            theirs, ours = bytes(_exactly(connection, bytearray(NONCE))), secrets.token_bytes(NONCE)
+            theirs, ours = bytes(exactly(connection, bytearray(NONCE))), secrets.token_bytes(NONCE)
             connection.sendall(ours + _proof(secret, b"accepts", theirs, ours))
-            proof = bytes(_exactly(connection, bytearray(PROOF)))
+            proof = bytes(exactly(connection, bytearray(PROOF)))
             if hmac.compare_digest(proof, _proof(secret, b"connects", theirs, ours)):
                 return _tuned(connection)
         connection.close()
@@ -176,7 +178,12 @@ def _tuned(connection: socket.socket) -> socket.socket:
     return connection
 
 
-def _exactly(connection: socket.socket, into: bytearray) -> bytearray:
+def exactly(connection: socket.socket, into: Buffer) -> Buffer:
+    """Fill the buffer.
+
+    Raises:
+        EOFError: The other side closed the connection first.
+    """
     view, done = memoryview(into), 0
     while done < len(into):
         count = connection.recv_into(view[done:])

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ import msgspec
 
 from launch.errors import LaunchError
 from launch.records import RunDirectory, read_bytes, write
+from slurm import mpich
 from slurm.broadcast import Channel, Ring, copy_alone, from_folder, share_out
 from slurm.channels import MpiChannel, socket_ring
 from slurm.weights import Copy, StagingError, listing
@@ -72,7 +72,7 @@ def main() -> int:
     set_up_logging("weights")
     try:
         if method == "mpi":
-            with mpi() as comm:
+            with mpich.world() as comm:
                 bring(run, attempt, group(standings(run, attempt, extension))[comm.rank].rank, method, comm)
         else:
             bring(run, attempt, int(sys.argv[5]), method)
@@ -172,21 +172,6 @@ def channel(run: RunDirectory, attempt: int, ring: Sequence[Standing], place: in
     secret = hashlib.sha256(f"{run.admin_key()}/{attempt}".encode()).digest()
     with socket_ring([(item.address, item.port) for item in ring], place, secret, CONNECT_S) as way:
         yield way
-
-
-@contextlib.contextmanager
-def mpi() -> Iterator[Any]:
-    """MPI's world, of one process for each place in the ring."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ.pop("TMPDIR", None)  # that of the node where mpiexec runs
-    import mpi4py
-
-    mpi4py.rc.thread_level = "multiple"
-    from mpi4py import MPI
-
-    log.info("%s", MPI.Get_library_version().splitlines()[0])
-    yield MPI.COMM_WORLD
-    MPI.COMM_WORLD.Barrier()
 
 
 # --- what ranks say ---------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Staging, seen from the agent: claim this node's copy of the model, have it filled, say how far it is.
 
 Ranks say what they have and compute the rest: who is in the ring of a broadcast, and who reads what (slurm.stage). MPI is
-started without srun and ssh, from within the one step that the agents are: MPICH's mpiexec with the launcher `manual`
-prints a command for each node, the first rank of the ring publishes them, and every agent runs its own. Without MPI the
+started from within the one step that the agents are (slurm.mpich): the first rank of the ring publishes a command for each
+node, and every agent runs its own. Without MPI the
 ring is made of sockets; when a broadcast fails, every node copies what it still lacks by itself.
 """
 
@@ -11,10 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import importlib.util
 import logging
-import shlex
-import shutil
 import string
 import sys
 import time
@@ -27,7 +24,7 @@ from launch import elastic
 from launch.plan import WEIGHTS_PORT, Plan
 from launch.recipe import Recipe, Stage, Transport
 from launch.records import RankRecord, RunDirectory, read_bytes, write
-from slurm import children, stage
+from slurm import children, mpich, stage
 from slurm.examination import Waiting
 from slurm.stage import PROGRESS, Progress, Standing
 from slurm.weights import Copy, StagingError, listing
@@ -40,7 +37,6 @@ STOP_GRACE_S = 5.0
 MPI_PRINT_S = 20.0
 # MPI's start and the first piece; on a busy machine mpi4py alone takes a second.
 MPI_START_S = 60.0
-LIBMPI = "MPI4PY_LIBMPI"
 
 
 class Commands(msgspec.Struct, frozen=True):
@@ -193,15 +189,15 @@ class Staging:
         return told
 
     async def _start_mpi(self, ring: Sequence[Standing], around: contextlib.AsyncExitStack) -> Commands:
-        mpiexec = find_mpiexec(self._environ)
+        mpiexec = mpich.find_mpiexec(self._environ)
         assert mpiexec is not None
         log_path = self._run.log_of(self._record.attempt, "weights-mpiexec")
-        argv = mpiexec_argv(mpiexec, self._record.address, len(ring), self._command("mpi"))
-        child = await children.start("mpiexec", argv, mpi_environment(self._environ, mpiexec), log_path)
+        argv = mpich.mpiexec_argv(mpiexec, self._record.address, len(ring), self._command("mpi"))
+        child = await children.start("mpiexec", argv, mpich.environment(self._environ, mpiexec), log_path)
         around.push_async_callback(child.stop, STOP_GRACE_S)
         deadline = time.monotonic() + MPI_PRINT_S
         while time.monotonic() < deadline:
-            found = printed_commands(log_path.read_text(errors="replace"))
+            found = mpich.printed_commands(log_path.read_text(errors="replace"))
             if found is not None:
                 if len(found) == len(ring):
                     return Commands(self._record.attempt, found)
@@ -279,59 +275,11 @@ def refuse_other_places(recipe: Recipe, found: Sequence[Standing]) -> None:
         )
 
 
-def find_mpiexec(environ: Mapping[str, str]) -> str | None:
-    """MPICH's mpiexec, beside this Python or on PATH; others know no launcher `manual`."""
-    here = Path(sys.executable).parent / "mpiexec.hydra"
-    return str(here) if here.exists() else shutil.which("mpiexec.hydra", path=environ.get("PATH"))
-
-
 def why_no_mpi(transport: Transport, environ: Mapping[str, str]) -> str:
     """Why the broadcast does not go over MPI; empty when it does."""
     if transport is Transport.SOCKETS:
         return "weights.transport=sockets"
-    if importlib.util.find_spec("mpi4py") is None:
-        return "mpi4py is not installed"
-    if find_mpiexec(environ) is None:
-        return "there is no mpiexec.hydra on PATH (pip install mpich, or the site's MPICH or Intel MPI)"
-    return ""
-
-
-def mpiexec_argv(mpiexec: str, address: str, size: int, command: Sequence[str]) -> list[str]:
-    """One process on each of `size` nodes, which mpiexec does not reach itself: their names are only labels. Pure."""
-    names = ",".join(f"place{index}" for index in range(size))
-    words = [
-        "-launcher",
-        "manual",
-        "-rmk",
-        "user",
-        "-localhost",
-        address,
-        "-hosts",
-        names,
-        "-ppn",
-        "1",
-        "-n",
-        str(size),
-    ]
-    return [mpiexec, *words, *command]
-
-
-def mpi_environment(environ: Mapping[str, str], mpiexec: str) -> dict[str, str]:
-    """What the processes get: mpiexec hands its own environment on, and must not take this for a job of Slurm's MPI. Pure
-    but for a look for the library that belongs to mpiexec."""
-    env = {name: value for name, value in environ.items() if not name.startswith(("SLURM_", "PMI", "PMIX_"))}
-    library = Path(mpiexec).parent.parent / "lib" / "libmpi.so.12"
-    if library.exists():
-        env.setdefault(LIBMPI, str(library))
-    return env
-
-
-def printed_commands(text: str) -> list[list[str]] | None:
-    """The commands that mpiexec printed, once it has printed all. Pure."""
-    lines = text.splitlines()
-    if "HYDRA_LAUNCH_END" not in lines:
-        return None
-    return [shlex.split(line.partition(":")[2]) for line in lines if line.startswith("HYDRA_LAUNCH:")]
+    return mpich.why_not(environ)
 
 
 def _look(copy: Copy) -> None:

@@ -24,10 +24,9 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 from launch.recipe import Transport
-from slurm import staging
+from slurm import mpich, staging
 from slurm.broadcast import Ring, copy_alone, from_folder, share_out
 from slurm.channels import MpiChannel, socket_ring
-from slurm.stage import mpi
 from slurm.weights import Copy, Piece, listing
 
 SECRET = b"benchmark"
@@ -147,16 +146,16 @@ def run_mpi(nodes: int, model: Path, rate_mb: float) -> float:
 
     The bucket cannot be shared there, so that every node has its part of the rate; the shares are equal.
     """
-    mpiexec = staging.find_mpiexec(os.environ)
+    mpiexec = mpich.find_mpiexec(os.environ)
     assert mpiexec
     command = [sys.executable, "-m", "benchmarks.weights.mpi_node", str(model), str(rate_mb / nodes)]
-    argv = staging.mpiexec_argv(mpiexec, "127.0.0.1", nodes, command)
-    env = staging.mpi_environment(os.environ, mpiexec)
+    argv = mpich.mpiexec_argv(mpiexec, "127.0.0.1", nodes, command)
+    env = mpich.environment(os.environ, mpiexec)
     folders = [model.parent / f"n{place}" for place in range(nodes)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdout
         text = ""
-        while (found := staging.printed_commands(text)) is None:
+        while (found := mpich.printed_commands(text)) is None:
             text += process.stdout.readline()
         proxies = [subprocess.Popen(each) for each in found]
         said = process.stdout.read()
@@ -170,7 +169,7 @@ def run_mpi(nodes: int, model: Path, rate_mb: float) -> float:
 
 def mpi_node(model: Path, rate_mb: float) -> None:
     """One node of `run_mpi`."""
-    with mpi() as comm:
+    with mpich.world() as comm:
         copy = Copy(model.parent / f"n{comm.rank}", listing(model))
         if not copy.try_claim():
             raise SystemExit("claimed")

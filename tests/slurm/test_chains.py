@@ -306,7 +306,7 @@ def test_what_waits_says_why_and_a_chain_that_is_stopped_takes_its_next_link_alo
     until(lambda: state(chain.link(1)) is Phase.READY and state(two) is Phase.READY)
     until(lambda: chain.link(2).job() is not None)
     busy = operator.cluster.run(
-        "sbatch", "--parsable", "--nodes=2", "--exclusive", "--wrap=sleep 60", "--time=2"
+        "sbatch", "--parsable", "--nodes=2", "--exclusive", "--wrap=sleep 60", "--time=2", "--output=/dev/null"
     ).strip()
     assert operator.launch(*words, "slurm.exclusive=true", name="three").returncode == 0
     until(lambda: "expected to start" in operator.do("status", "three").stdout, 90)

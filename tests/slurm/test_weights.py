@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from launch.compose import read
 from launch.errors import ConfigError
-from slurm import stage, staging
+from slurm import mpich, stage, staging
 from slurm.broadcast import Ring, copy_alone, from_folder, share_out
 from slurm.channels import socket_ring
 from slurm.stage import Standing
@@ -405,8 +405,8 @@ def test_the_commands_of_mpiexec_are_taken_once_all_are_printed() -> None:
     """As MPICH 5.0 prints them for the launcher `manual`."""
     line = "HYDRA_LAUNCH: /x/bin/hydra_pmi_proxy --control-port 10.0.0.1:34375 --rmk user --proxy-id 1 "
 
-    assert staging.printed_commands(line) is None
-    assert staging.printed_commands(f"{line}\nHYDRA_LAUNCH_END\n") == [
+    assert mpich.printed_commands(line) is None
+    assert mpich.printed_commands(f"{line}\nHYDRA_LAUNCH_END\n") == [
         ["/x/bin/hydra_pmi_proxy", "--control-port", "10.0.0.1:34375", "--rmk", "user", "--proxy-id", "1"]
     ]
 

@@ -268,8 +268,12 @@ async def _all_answers(pool: Pool, questions: list[Question], relays: list[Relay
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(answer(pool, *pair)) for pair in pairs]
-    except* ApiError as errors:
-        raise errors.exceptions[0] from None
+    except BaseExceptionGroup as errors:
+        # Not except*: what that raises is a group again in some releases of Python 3.11, and not in others.
+        refused, others = errors.split(ApiError)
+        if refused is None or others is not None:
+            raise
+        raise refused.exceptions[0] from None
     return [task.result() for task in tasks]
 
 
