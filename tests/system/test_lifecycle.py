@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from openai import OpenAI
 
 from launch.plan import PORT_BLOCK
 from launch.records import Phase, RunDirectory
@@ -209,6 +211,47 @@ def test_a_closed_terminal_leaves_the_deployment_running(tmp_path: Path, tiny_mo
         assert answer.completion_tokens == 40
         assert stopped.stdout == "hung-up stopped\n"
         assert processes_of(running.run) == {}
+
+
+def test_a_run_directory_that_was_left_behind_is_taken_over(tmp_path: Path, tiny_model: Path) -> None:
+    """Everything was killed with SIGKILL: the name is free again, and what the records say is not taken for the present."""
+    words = ("+recipe=tiny_agg", "engine.backend=echo", f"model.path=tiny:{tiny_model}")
+    with deployed(tmp_path, *words, name="stale") as running:
+        run = running.run
+        running.launcher.kill()
+        for pid in processes_of(run):
+            with contextlib.suppress(ProcessLookupError):  # its agent's death was enough
+                os.kill(pid, signal.SIGKILL)
+        until(lambda: not processes_of(run))
+        left = run.endpoint()
+        process, _ = start(tmp_path, *words, name="stale")
+        until(lambda: attempt(run) == 2 and phase_of(run) is Phase.READY, 60)
+        answer = complete(OpenAI(base_url=url_of(run), api_key=run.api_key()), "after it", False)
+        process.send_signal(signal.SIGINT)
+
+        assert process.wait(60) == 0
+    assert left
+    assert left.state is Phase.READY  # as if it still served
+    assert answer.completion_tokens == 40
+
+
+def attempt(run: RunDirectory) -> int:
+    """The number of the newest attempt."""
+    job = run.job()
+    return job.attempt if job else 0
+
+
+def phase_of(run: RunDirectory) -> Phase | None:
+    """What the endpoint says of itself."""
+    endpoint = run.endpoint()
+    return endpoint.state if endpoint else None
+
+
+def url_of(run: RunDirectory) -> str:
+    """Where requests go."""
+    endpoint = run.endpoint()
+    assert endpoint
+    return endpoint.url
 
 
 @pytest.fixture(scope="module")
