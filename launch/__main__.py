@@ -47,8 +47,6 @@ then       python -m launch.status NAME, launch.logs NAME [member or role], laun
 """
 QUEUE_POLL_S = 5.0
 STOP_WAIT_S = 60.0
-# Without the engines of a node that failed its preflight, a deployment is degraded from its first moment on.
-SERVING = (Phase.READY, Phase.DEGRADED)
 
 
 def main() -> int:
@@ -139,7 +137,7 @@ def attend(
         for view, note in _views(run):
             display.show(view.rows, note)
             _raise_if_failed(run, job, view, console)
-            if view.phase in SERVING and view.endpoint and not announced:
+            if view.phase.serves and view.endpoint and not announced:
                 announced = True
                 for change in view.changes:
                     console.print(change, highlight=False, markup=False)

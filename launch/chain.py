@@ -175,7 +175,7 @@ def to_publish(own: Endpoint, number: int, published: ChainEndpoint | None) -> C
         return None
     # One that has ended leaves a gap, and who waits for the next is told of it from its start.
     gone = published.state is Phase.STOPPED and own.state is not Phase.STOPPED
-    return wanted if gone or own.state in (Phase.READY, Phase.DEGRADED) else None
+    return wanted if gone or own.state.serves else None
 
 
 def ending(

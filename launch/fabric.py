@@ -13,11 +13,10 @@ import secrets
 import shlex
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -33,12 +32,12 @@ from launch.records import write
 from slurm import batch
 from slurm.environments import interpreter
 from slurm.heatmap import picture
-from slurm.matrix import MEET_S, MPI_START_S, ROUND_S, Asked, Meeting, Standing
+from slurm.matrix import MEET_S, MPI_START_S, ROUND_S, Asked, Meeting, Standing, child
 from slurm.pairs import Found, Matrix, Verdict, matrix, verdict
 
 SOUND, IMPOSSIBLE, SLOW = 0, 1, 2
 POLL_S = 0.1
-STOP_S = 10.0
+STOP_S = 10.0  # srun ends its step
 # More columns than this are wider than a terminal.
 WIDEST = 16
 TAIL = 5
@@ -176,7 +175,7 @@ def run(commands: Sequence[Sequence[str]], env: Mapping[str, str], folder: Path,
     """
     with contextlib.ExitStack() as around:
         started = [
-            around.enter_context(_process(argv, env, folder / f"node-{n}.log")) for n, argv in enumerate(commands)
+            around.enter_context(child(argv, env, folder / f"node-{n}.log", STOP_S)) for n, argv in enumerate(commands)
         ]
         deadline = time.monotonic() + limit_s
         while any(process.poll() is None for process in started):
@@ -184,22 +183,6 @@ def run(commands: Sequence[Sequence[str]], env: Mapping[str, str], folder: Path,
                 raise LaunchError(f"the nodes were not done within {limit_s:.0f} s:\n{said(folder)}")
             time.sleep(POLL_S)
         return [process.returncode for process in started]
-
-
-@contextlib.contextmanager
-def _process(argv: Sequence[str], env: Mapping[str, str], file: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with file.open("wb") as output:
-        process = subprocess.Popen(argv, env=dict(env), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()  # srun ends its step
-            try:
-                process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
 
 def said(folder: Path) -> str:

@@ -78,7 +78,7 @@ def target(endpoint: Endpoint | None, name: str, more_to_come: bool) -> Target:
     """
     if endpoint is None:
         return Target(None, f"{name} has not started yet")
-    if endpoint.state in (Phase.READY, Phase.DEGRADED):
+    if endpoint.state.serves:
         return Target(endpoint.url.removesuffix("/v1"))
     hope = more_to_come or endpoint.state is Phase.STARTING
     return Target(None, f"{name} is {endpoint.state}", hope)

@@ -76,6 +76,11 @@ class Phase(StrEnum):
     DRAINING = "draining"
     STOPPED = "stopped"
 
+    @property
+    def serves(self) -> bool:
+        """Whether requests are answered; without the engines of a bad node a deployment is degraded from the first moment on."""
+        return self in (Phase.READY, Phase.DEGRADED)
+
 
 class Job(msgspec.Struct, kw_only=True):
     """How a deployment was submitted; `id` is empty between the decision and the answer of the submission.

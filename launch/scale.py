@@ -106,7 +106,7 @@ def scale(
     recipe, job, endpoint = run.recipe(), run.job(), run.endpoint()
     if job is None or watch.where_alive(run) is None:
         raise DeploymentError(f"{run.name} is not running: launch it first")
-    if endpoint is None or endpoint.state not in (Phase.READY, Phase.DEGRADED):
+    if endpoint is None or not endpoint.state.serves:
         state = endpoint.state if endpoint else Phase.STARTING
         raise DeploymentError(f"{run.name} is {state}: wait until it is ready (`python -m launch.status {run.name}`)")
     where = elastic.plan_of(run, recipe, job.attempt)

@@ -28,7 +28,7 @@ from launch.elastic import Following
 from launch.errors import DeploymentError, LaunchError
 from launch.plan import Member, Plan
 from launch.recipe import Executor, Launcher, Recipe
-from launch.records import Head, Job, Life, MemberRecord, Phase, RankRecord, RunDirectory, State
+from launch.records import Head, Job, Life, MemberRecord, RankRecord, RunDirectory, State
 from launch.standby import control_ranks, frontends_on
 from slurm import children, commands, control, extension, fabric, ghost, hosts, limit, ports, shield, signals
 from slurm.batch import notice_s
@@ -203,9 +203,12 @@ class Agent:
     def lost(self) -> list[int]:
         """Ranks that ended without a word, as far as is known."""
         try:
-            ranks, endpoint = self._run.ranks(self._job.attempt), self._run.endpoint()
+            return self._lost_of(self._run.ranks(self._job.attempt))
         except OSError:
             return []
+
+    def _lost_of(self, ranks: Mapping[int, RankRecord]) -> list[int]:
+        endpoint = self._run.endpoint()
         self._heard.look(ranks)
         told = endpoint.lost if endpoint else []
         return sorted({*self._heard.lost(ranks), *(rank for rank in told if rank in ranks and not ranks[rank].ended)})
@@ -448,7 +451,7 @@ class Agent:
             return endpoint is not None
         # Nodes played by one machine have but one such port between them.
         alone = self._job.launcher is Launcher.LOCAL and self._recipe.frontend.port is not None
-        return endpoint.state in (Phase.READY, Phase.DEGRADED) and not alone
+        return endpoint.state.serves and not alone
 
     def _server(self, server: servers.Server) -> Supervised:
         return self._supervise(
@@ -601,7 +604,8 @@ class Agent:
 
     def _left(self, done: Callable[[RankRecord], bool], ranks: Sequence[int] | None = None) -> list[int]:
         """The other ranks that are not done, those left out that have ended or are lost."""
-        found, lost = self._run.ranks(self._job.attempt), self.lost
+        found = self._run.ranks(self._job.attempt)
+        lost = self._lost_of(found)
         others = {rank: record for rank, record in found.items() if rank != self._rank and rank not in lost}
         return [
             rank

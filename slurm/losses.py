@@ -19,7 +19,7 @@ from launch import elastic
 from launch.elastic import Departure, Following, Joining, short_of
 from launch.plan import Member, Plan
 from launch.recipe import Kind, Launcher, OnLostNode, Recipe
-from launch.records import Job, Phase, RankRecord, RunDirectory
+from launch.records import Job, RankRecord, RunDirectory
 from slurm.heard import Heard
 from slurm.succession import outside
 from workers.runtime.awake import AwakeClock
@@ -79,7 +79,7 @@ class Losses:
 
     def _missing(self) -> list[str]:
         endpoint = self._run.endpoint()
-        if endpoint is None or endpoint.state not in (Phase.READY, Phase.DEGRADED):
+        if endpoint is None or not endpoint.state.serves:
             return []
         where = self._following.look()
         return to_replace(where, list(self._following.gone.values()), self._following.joined)

@@ -46,6 +46,7 @@ MPI_START_S = 60.0
 # A pair takes under a second; this is how long all rounds may take for each of them before MPI is given up.
 ROUND_S = 4.0
 POLL_S = 0.05
+STOP_S = 5.0
 NAME = "fabric"
 COMPLAINT = f"ERROR {NAME}: "
 
@@ -236,7 +237,9 @@ def complaint(text: str) -> str:
 
 
 @contextlib.contextmanager
-def child(argv: Sequence[str], env: Mapping[str, str], file: Path) -> Iterator[subprocess.Popen[bytes]]:
+def child(
+    argv: Sequence[str], env: Mapping[str, str], file: Path, stop_s: float = STOP_S
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process that does not outlive the block; what it says is in the file."""
     with file.open("wb") as output:
         process = subprocess.Popen(argv, env=dict(env), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
@@ -246,7 +249,7 @@ def child(argv: Sequence[str], env: Mapping[str, str], file: Path) -> Iterator[s
         if process.poll() is None:
             process.terminate()
             try:
-                process.wait(5)
+                process.wait(stop_s)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

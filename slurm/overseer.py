@@ -68,7 +68,7 @@ class Overseer:
         place = Place(ranks[self._rank].address, ranks[self._rank].port_base)
         if before and before.head != self._rank and before.head in ranks:
             self._heard.doubt(ranks[before.head])  # it would lead still
-        self._was_ready = before is not None and before.state in (Phase.READY, Phase.DEGRADED)
+        self._was_ready = before is not None and before.state.serves
         shared = shared_port(self._recipe, place)
         count = len(self._plan.frontends)
         own = [shared] if count == 1 else [int(place.port(FRONTEND_PORT + index)) for index in range(count)]

@@ -35,9 +35,6 @@ from slurm.batch import EARLY_S, notice_s
 
 log = logging.getLogger(__name__)
 
-# One that starts without a bad node is degraded from its first moment.
-SERVING = (Phase.READY, Phase.DEGRADED)
-
 POLL_S = 0.5
 AGAIN_S = 60.0
 LATE_S = 60.0
@@ -106,7 +103,7 @@ class Succession:
 
     async def _look(self) -> None:
         endpoint = self._run.endpoint()
-        if endpoint and endpoint.state in SERVING and self._life.ready_at is None:
+        if endpoint and endpoint.state.serves and self._life.ready_at is None:
             self._life.ready_at = time.time()
             self._save()
         if self._place:
