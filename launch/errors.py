@@ -16,6 +16,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TypeVar
+
+E = TypeVar("E", bound=BaseException)
 
 
 class LaunchError(Exception):
@@ -79,3 +82,15 @@ def closest(word: str, choices: Iterable[str]) -> str:
     """`, did you mean 'x'?` for the choice nearest to `word`, or nothing when none is near."""
     near = difflib.get_close_matches(word, [str(choice) for choice in choices], n=1, cutoff=0.5)
     return f", did you mean {near[0]!r}?" if near else ""
+
+
+def only(errors: BaseExceptionGroup[BaseException], kind: type[E]) -> E | None:
+    """The first error of a kind, where a group holds no other kind; else None.
+
+    For a plain `except`, which can raise it bare: what `except*` raises is a group again in some releases of Python 3.11.
+    """
+    found, others = errors.split(kind)
+    if found is None or others is not None:
+        return None
+    first = found.exceptions[0]
+    return first if isinstance(first, kind) else None

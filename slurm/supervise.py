@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.errors import ChildError, DeploymentError
+from launch.errors import ChildError, DeploymentError, only
 from launch.records import State
 from slurm.children import Child, Report, start
 from slurm.spare import Spare
@@ -149,11 +149,10 @@ class Supervised:
                 for watch in watches:
                     watch.cancel()
         except BaseExceptionGroup as errors:
-            # Not except*: what that raises is a group again in some releases of Python 3.11, and not in others.
-            late, others = errors.split(DeploymentError)
-            if late is None or others is not None:
+            late = only(errors, DeploymentError)
+            if late is None:
                 raise
-            raise late.exceptions[0] from None
+            raise late from None
         finally:
             # Also on the way out of a cancelled or failed deployment: nothing of the child may stay behind.
             await asyncio.shield(asyncio.ensure_future(child.stop(command.stop_grace_s)))

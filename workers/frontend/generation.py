@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from launch.errors import only
 from workers.engine.render import chunk
 from workers.frontend import sources
 from workers.frontend.errors import ApiError
@@ -269,11 +270,10 @@ async def _all_answers(pool: Pool, questions: list[Question], relays: list[Relay
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(answer(pool, *pair)) for pair in pairs]
     except BaseExceptionGroup as errors:
-        # Not except*: what that raises is a group again in some releases of Python 3.11, and not in others.
-        refused, others = errors.split(ApiError)
-        if refused is None or others is not None:
+        refused = only(errors, ApiError)
+        if refused is None:
             raise
-        raise refused.exceptions[0] from None
+        raise refused from None
     return [task.result() for task in tasks]
 
 
