@@ -9,7 +9,7 @@ said, with the end of the engines' logs, and the next step goes on. Engines of d
 a tiny model, to try the script itself.
 
     tokens    answers of prefill + decode engines equal to one engine's: bfloat16, and exactly in float32
-    mismatch  the same with a prefill on one GPU and a decode on two
+    mismatch  the same with a prefill on one GPU and a decode on two, and with both on two
     sleep     GPU memory before, during and after sleep, and equal answers
     parallel  the same answers from engines over two GPUs: pipeline, tensor, data and expert parallel, on one node and two
     transfer  what NIXL moves a second, by vLLM's own counters
@@ -116,6 +116,8 @@ def stages(bench: Bench, steps: frozenset[str], large_shapes: list[str], tries: 
         found.append(small("disagg float32", "tokens", small_s + asks_s, steps_8b.exact_disaggregated))
     if "mismatch" in steps:
         found.append(small("mismatch", "mismatch", small_s + asks_s, steps_8b.mismatch))
+        if bench.gpu:  # four engine processes are too many for the cores that try the script
+            found.append(small("both TP2", "mismatch", small_s + asks_s, steps_8b.both_tensor_parallel))
     if "parallel" in steps and bench.gpu:  # vLLM 0.32 has none of it on the CPU but tensor parallel
         found.append(small("experts float32", "parallel", small_s + asks_s, steps_parallel.one_gpu))
         for layout in steps_parallel.LAYOUTS:

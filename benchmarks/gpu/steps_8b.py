@@ -142,12 +142,25 @@ def exact_disaggregated(bench: Bench, steps: frozenset[str]) -> None:
 
 def mismatch(bench: Bench, steps: frozenset[str]) -> None:
     """Prefill on one GPU, decode on two, against the float32 reference. With two GPUs the prefill shares the first."""
-    env = {}
-    if bench.gpu:
-        env["CUDA_VISIBLE_DEVICES"] = "0,0,1" if bench.gpus == 2 else "0,1,2"
-    roles = {"prefill": (1, 1), "decode": (1, 2)}
-    with small_deployment(bench, "mismatch", bench.scale.exact, roles, 3, env=env, **exact_arguments(bench)) as running:
-        same_answers(bench, running, "mismatch", "float32", "prefill TP1, decode TP2 float32")
+    slots = "0,0,1" if bench.gpus == 2 else "0,1,2"
+    _pair(bench, "mismatch", (1, 2), slots)
+
+
+def both_tensor_parallel(bench: Bench, steps: frozenset[str]) -> None:
+    """Prefill and decode on two GPUs each, against the float32 reference. With two GPUs both have the same two."""
+    slots = "0,1,0,1" if bench.gpus == 2 else "0,1,2,3"
+    _pair(bench, "both", (2, 2), slots)
+
+
+def _pair(bench: Bench, name: str, tensor_parallel: tuple[int, int], slots: str) -> None:
+    """Answers of one prefill and one decode engine of these tensor-parallel sizes on GPUs named by `slots`."""
+    prefill, decode = tensor_parallel
+    env = {"CUDA_VISIBLE_DEVICES": slots} if bench.gpu else {}
+    roles = {"prefill": (1, prefill), "decode": (1, decode)}
+    with small_deployment(
+        bench, name, bench.scale.exact, roles, prefill + decode, env=env, **exact_arguments(bench)
+    ) as running:
+        same_answers(bench, running, "mismatch", "float32", f"prefill TP{prefill}, decode TP{decode} float32")
 
 
 def same_answers(bench: Bench, running: Deployment, step: str, dtype: str, name: str = "", moves: bool = True) -> None:
