@@ -127,6 +127,12 @@ def put_trouble(run: RunDirectory, attempt: int, what: str) -> None:
     write(run.path / "replacement.json", msgspec.json.encode(Trouble(attempt=attempt, what=what)))
 
 
+def give_up(run: RunDirectory, attempt: int, waited_for: Joining, state: str) -> None:
+    """Wait no longer for an extension whose job ended before it joined; `state` is Slurm's last word of it."""
+    for name in waited_for.extension.engines:
+        leave(run, attempt, name, f"job {waited_for.job} ended before it joined ({state or 'unknown'})")
+
+
 def plan_of(run: RunDirectory, recipe: Recipe, attempt: int) -> Plan:
     """The deployment's plan as it is now."""
     return plan(recipe, [each.extension for each in joinings(run, attempt)], departures(run, attempt))
@@ -161,6 +167,20 @@ def short_of(gone: Collection[Departure], joined: Iterable[Joining], serving: Co
         # A replacement may be lost too: what counts is how many of those that it brought are there.
         replaced.update(each.in_place_of[: sum(name in serving for name in each.extension.engines)])
     return [each for each in gone if each.lost and each.engine not in replaced and not _was_replacement(each, joined)]
+
+
+def not_begun(where: Plan, joined: Iterable[Joining], gone: Collection[str], ranks: Collection[int]) -> list[Joining]:
+    """The extensions that are waited for: their job was submitted, and none of its ranks has begun. Pure.
+
+    Args:
+        where: The plan with all extensions.
+        joined: All extensions.
+        gone: Names of the engines that have left.
+        ranks: The ranks that have begun.
+    """
+    begun = {span.number for span in where.joined if any(rank in span for rank in ranks)}
+    waiting = (each for each in joined if each.job and each.extension.number not in begun)
+    return [each for each in waiting if any(name not in gone for name in each.extension.engines)]
 
 
 def _was_replacement(gone: Departure, joined: Iterable[Joining]) -> bool:

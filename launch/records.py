@@ -156,8 +156,8 @@ class Control(msgspec.Struct, kw_only=True):
     each other (`nats_routes`, `etcd_peers`) are empty where there is one. A client may ask any of them.
 
     The CURVE key pairs (Z85 text) are those of every worker's request socket, and of every frontend that connects to one:
-    each side proves that it has its own (`workers.runtime.curve`). etcd is asked over TLS: `etcd_authority` (PEM) is who
-    signed its certificate, and `etcd_client_file` holds ours and its key.
+    each side proves that it has its own (`workers.runtime.curve`). NATS and etcd are asked over TLS: `authority` (PEM) is who
+    signed their certificate, and `client_file` holds ours and its key (`workers.runtime.trust`).
     """
 
     attempt: int
@@ -171,8 +171,8 @@ class Control(msgspec.Struct, kw_only=True):
     worker_secret: str
     frontend_public: str = ""
     frontend_secret: str = ""
-    etcd_authority: str = ""
-    etcd_client_file: str = ""
+    authority: str = ""
+    client_file: str = ""
     nats_routes: list[str] = []
     nats_route_password: str = ""
     etcd_peers: list[str] = []

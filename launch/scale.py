@@ -277,8 +277,7 @@ def await_joined(run: RunDirectory, recipe: Recipe, job: Job, joined: Joining) -
         begun = any(member.rank in ranks for member in members)
         state, reason = _job_state(job, joined)
         if not begun and state in watch.ENDED_SLURM_STATES:
-            for name in joined.extension.engines:
-                elastic.leave(run, job.attempt, name, f"job {joined.job} ended before it joined ({state or 'unknown'})")
+            elastic.give_up(run, job.attempt, joined, state)
             raise DeploymentError(
                 f"job {joined.job} ended before it joined: Slurm says {state or 'nothing'} of it; "
                 f"see {run.path}/batch_{joined.job}.log"

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,13 +107,29 @@ def where_alive(run: RunDirectory) -> str | None:
         state, _ = slurm_state(job.id)
         if state is None:  # Slurm does not answer from here: believe what the ranks wrote
             return f"Slurm job {job.id}" if not ended and recently_heard(ranks) else None
-        return None if state in ENDED_SLURM_STATES else f"Slurm job {job.id}, {state.lower()}"
+        if state in ENDED_SLURM_STATES:
+            return _where_joined_alive(run, job, ranks)
+        return f"Slurm job {job.id}, {state.lower()}"
     if job.host != socket.gethostname():
         return f"on {job.host}" if not ended and recently_heard(ranks) else None
     alive = [str(record.pid) for record in ranks.values() if born(record.pid) == record.born]
     if not alive and job.launcher in (Launcher.LOCAL, Launcher.ALLOCATION) and is_controller(job.id, run):
         alive = [job.id]
     return f"on this machine, process {alive[0]}" if alive else None
+
+
+def _where_joined_alive(run: RunDirectory, job: Job, ranks: Mapping[int, RankRecord]) -> str | None:
+    """Where a job that joined still runs, when the deployment's own has ended; one that never began is not of it."""
+    spans = {span.number: span for span in elastic.plan_of(run, run.recipe(), job.attempt).joined}
+    for each in elastic.joinings(run, job.attempt):
+        span = spans[each.extension.number]
+        begun = {rank: record for rank, record in ranks.items() if rank in span}
+        if not each.job or (all(record.ended for record in begun.values()) and not recently_heard(begun)):
+            continue
+        state, _ = slurm_state(each.job)
+        if state is not None and state not in ENDED_SLURM_STATES:
+            return f"Slurm job {each.job}, which joined, {state.lower()}"
+    return None
 
 
 def node_notes(run: RunDirectory, view: View) -> list[str]:

@@ -47,7 +47,13 @@ def reap(run: RunDirectory, attempt: int) -> Seed | None:
 def of_rank(run: RunDirectory, recipe: Recipe, seed: Seed, rank: int) -> tuple[servers.Server, servers.Server]:
     """NATS and etcd of a rank; writes their configuration."""
     folder, control = run.path / "control", seed.control
-    nats = servers.nats(control, servers.find_nats(recipe.control.nats_server), folder / on_rank("nats", rank), rank)
+    nats = servers.nats(
+        control,
+        seed.certificates,
+        servers.find_nats(recipe.control.nats_server),
+        folder / on_rank("nats", rank),
+        rank,
+    )
     etcd = servers.etcd(
         control,
         seed.certificates,
@@ -77,8 +83,8 @@ def _control(records: Sequence[RankRecord], certificates: Certificates, client_f
         worker_secret=worker[1],
         frontend_public=frontend[0],
         frontend_secret=frontend[1],
-        etcd_authority=certificates.authority,
-        etcd_client_file=client_file,
+        authority=certificates.authority,
+        client_file=client_file,
         nats_routes=urls("nats", NATS_ROUTE_PORT) if several else [],
         nats_route_password=secrets.token_urlsafe(24) if several else "",
         etcd_peers=urls("https", ETCD_PEER_PORT) if several else [],

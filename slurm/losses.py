@@ -1,5 +1,8 @@
 """Nodes that are lost, and the job that is asked for in place of their engines (`slurm.on_lost_node=extra_job`).
 
+A job that was to join and has ended in the queue is lost as well: nobody waits for it any more, and one that was to replace
+lost engines is asked for again.
+
 A rank is lost when it has been silent for long *and* nothing listens any more where its members did: an agent that only
 cannot write keeps its engines. What is lost leaves for good; as many new engines of the same roles join with a job of their
 own, under new names. Whole engines only: of one that spanned the node, the members elsewhere leave too.
@@ -15,7 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
-from launch import elastic
+from launch import elastic, watch
 from launch.elastic import Departure, Following, Joining, short_of
 from launch.plan import Member, Plan
 from launch.recipe import Kind, Launcher, OnLostNode, Recipe
@@ -31,6 +34,8 @@ POLL_S = 0.5  # not more than an AwakeClock counts at once
 LOST_AFTER_S = 30.0
 CONNECT_S = 2.0
 MOST_TRIES = 3
+# Between two questions to Slurm about a job in the queue: sites throttle who asks more often.
+ASK_S = 15.0
 AGAIN_AFTER_S = 60.0
 
 
@@ -48,9 +53,27 @@ class Losses:
         self._tries = 0
 
     async def watch(self) -> None:
-        """Replace what is lost; for ever."""
-        if self._recipe.slurm.on_lost_node is OnLostNode.SHRINK or self._job.launcher is not Launcher.SLURM:
+        """Replace what is lost, and give up what never joins; for ever."""
+        if self._job.launcher is not Launcher.SLURM:
             await asyncio.get_running_loop().create_future()  # nothing is: others end this
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._give_up_ended_jobs(), name="ended jobs")
+            if self._recipe.slurm.on_lost_node is not OnLostNode.SHRINK:
+                group.create_task(self._replace_lost(), name="lost nodes")
+
+    async def _give_up_ended_jobs(self) -> None:
+        attempt = self._job.attempt
+        while True:
+            await asyncio.sleep(ASK_S)
+            with contextlib.suppress(OSError):  # the shared file system has a bad moment: look again
+                where, joined = self._following.look(), elastic.joinings(self._run, attempt)
+                for each in elastic.not_begun(where, joined, self._following.gone, self._run.ranks(attempt)):
+                    state, _ = await asyncio.to_thread(watch.slurm_state, each.job)
+                    if state in watch.ENDED_SLURM_STATES:
+                        log.warning("job %s ended before it joined (%s)", each.job, state or "unknown")
+                        elastic.give_up(self._run, attempt, each, state)
+
+    async def _replace_lost(self) -> None:
         tried_at = -AGAIN_AFTER_S
         while True:
             await asyncio.sleep(POLL_S)

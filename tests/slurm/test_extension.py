@@ -126,3 +126,33 @@ def test_a_lost_engine_is_replaced_once_however_many_look(run: RunDirectory) -> 
     elastic.leave(run, 1, instead.extension.engines[0], "its preflight failed")
 
     assert (before, waiting, missing()) == (["prefill-0"], [], ["prefill-0"])
+
+
+def test_engines_whose_job_ended_in_the_queue_are_waited_for_no_longer(run: RunDirectory) -> None:
+    """And what they were to replace is missing again; a job that has begun, or was not submitted yet, is none of these."""
+    following = Following(run, RECIPE, 1)
+    elastic.leave(run, 1, "prefill-0", "rank 3 on n3 is lost", lost=True)
+
+    def waited_for(*begun: int) -> list[str]:
+        where, joined = following.look(), elastic.joinings(run, 1)
+        return [each.job for each in elastic.not_begun(where, joined, following.gone, begun)]
+
+    def missing() -> list[str]:
+        where = following.look()
+        return losses.to_replace(where, list(following.gone.values()), following.joined)
+
+    instead = elastic.add(run, RECIPE, 1, {Kind.PREFILL: 1}, "rank 0", ["prefill-0"])
+    unsubmitted = waited_for()
+    instead.job = "7"
+    elastic.put(run, instead)
+    (span,) = (span for span in following.look().joined if span.number == instead.extension.number)
+    waiting, begun, was_missing = waited_for(), waited_for(span.first + span.ranks - 1), missing()
+    elastic.give_up(run, 1, instead, "CANCELLED")
+
+    assert "7" not in unsubmitted
+    assert "7" in waiting
+    assert "7" not in begun
+    assert was_missing == []
+    assert "7" not in waited_for()
+    assert missing() == ["prefill-0"]
+    assert "job 7 ended before it joined (CANCELLED)" in elastic.told(run, 1)[-1]

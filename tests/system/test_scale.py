@@ -262,6 +262,65 @@ def test_a_lost_node_is_replaced_by_a_job_that_joins(tmp_path: Path, tiny_model:
 @pytest.mark.slurm
 @pytest.mark.nightly
 @pytest.mark.timeout(400)
+def test_a_replacement_that_is_cancelled_in_the_queue_is_asked_for_again(
+    tmp_path: Path, tiny_model: Path, cluster: SlurmCluster
+) -> None:
+    """All other nodes are drained, so that it waits; once they are there again the deployment is ready as before."""
+    words = (*ON_SLURM, f"model.path=tiny:{tiny_model}", "roles.decode.replicas=2", "slurm.on_lost_node=extra_job")
+    pending = ("squeue", "--noheader", "--states=PENDING", "--format=%A")
+    with on_slurm(tmp_path, cluster, "again", *words) as (run, _):
+        cluster.run("scontrol", "update", "NodeName=n4", "State=DRAIN", "Reason=test")
+        cluster.kill_node("n3")
+        try:
+            until(lambda: cluster.run(*pending).split() != [], 90)
+            (first,) = cluster.run(*pending).split()
+            cluster.run("scancel", first)
+            until(lambda: cluster.run(*pending).split() not in ([], [first]), 120)
+            told = status(run, cluster.env)["changes"]
+            cluster.run("scontrol", "update", "NodeName=n4", "State=RESUME")
+            until(lambda: phase(run) is Phase.READY, 90)
+        finally:
+            cluster.start_node("n3")
+            with contextlib.suppress(RuntimeError):  # it is there again already, if all went well
+                cluster.run("scontrol", "update", "NodeName=n4", "State=RESUME")
+        ready = status(run, cluster.env)["members"]
+
+    assert f"decode-2 left: job {first} ended before it joined (CANCELLED)" in told
+    assert ready["decode-3"]["state"] == "ready"
+
+
+@pytest.mark.slurm
+@pytest.mark.nightly
+@pytest.mark.timeout(400)
+def test_a_stop_is_over_only_when_the_jobs_that_joined_are(
+    tmp_path: Path, tiny_model: Path, cluster: SlurmCluster
+) -> None:
+    """One whose agent is held up outlives the deployment's own job, and `launch.stop` waits for it."""
+    words = (*ON_SLURM, f"model.path=tiny:{tiny_model}", "engine.drain_s=40")
+    stop = [sys.executable, "-m", "launch.stop", "late", "--runs-dir", str(tmp_path / "runs")]
+    with on_slurm(tmp_path, cluster, "late", *words) as (run, _):
+        joined = scale(run, "decode=+1", env=cluster.env)
+        agent = run.ranks(1)[2].pid
+        os.kill(agent, signal.SIGSTOP)
+        stopping = subprocess.Popen(stop, stdout=subprocess.PIPE, text=True, env={**os.environ, **cluster.env})
+        try:
+            until(lambda: job_of(run) not in cluster.run("squeue", "--noheader", "--format=%A").split())
+            time.sleep(5)  # a squeue may be cached for 3 s
+            left, waits = cluster.run("squeue", "--noheader", "--format=%T").split(), stopping.poll() is None
+        finally:
+            os.kill(agent, signal.SIGCONT)
+            said, _ = stopping.communicate(timeout=120)
+        after = cluster.run("squeue", "--noheader")
+
+    assert joined.returncode == 0, joined.stderr
+    assert (left, waits) == (["RUNNING"], True)
+    assert said == "late stopped\n"
+    assert after == ""
+
+
+@pytest.mark.slurm
+@pytest.mark.nightly
+@pytest.mark.timeout(400)
 def test_a_job_that_joined_leaves_before_its_own_time_limit(
     tmp_path: Path, tiny_model: Path, cluster: SlurmCluster
 ) -> None:

@@ -21,6 +21,8 @@ from launch.records import Control
 from slurm.children import group_members
 from tests.deployments import Deployment, processes_of, targets
 from tests.system.test_lifecycle import operator, until
+from workers.control.servers import host_and_port
+from workers.runtime.trust import control_tls
 
 NOBODY = 65534
 LISTENING = "0A"
@@ -132,8 +134,8 @@ def test_etcd_answers_nobody_without_the_deployments_certificate(control: Contro
     posts = ("kv/range", "kv/put", "lease/grant", "maintenance/alarm", "maintenance/status", "cluster/member/list")
     asked = [*(("POST", f"{control.etcd_url}/v3/{path}") for path in posts)]
     asked += [("GET", control.etcd_url + path) for path in ("/version", "/metrics", "/debug/vars")]
-    tls = ssl.create_default_context(cadata=control.etcd_authority)
-    tls.load_cert_chain(control.etcd_client_file)
+    tls = ssl.create_default_context(cadata=control.authority)
+    tls.load_cert_chain(control.client_file)
 
     assert statuses([*asked, *((method, url.replace("https", "http")) for method, url in asked)]) == [0] * 2 * len(
         asked
@@ -142,22 +144,45 @@ def test_etcd_answers_nobody_without_the_deployments_certificate(control: Contro
     assert httpx.post(f"{control.etcd_url}/v3/kv/range", json={"key": "AA=="}, verify=tls).status_code == 400
 
 
-NATS_CODE = """
+NATS_WORDS = b'CONNECT {"verbose":true}\r\nSUB > 1\r\nPING\r\n'
+NATS_CODE = f"""
 import socket, sys
 host, port = sys.argv[1:3]
+said = b""
 with socket.create_connection((host, int(port)), timeout=5) as connection:
-    connection.sendall(b'CONNECT {"verbose":true}\\r\\nSUB > 1\\r\\nPING\\r\\n')
-    said = b""
-    while part := connection.recv(4096):
-        said += part
+    try:
+        connection.sendall({NATS_WORDS!r})
+        while part := connection.recv(4096):
+            said += part
+    except ConnectionError:
+        pass
 print(said.decode())
 """
 
 
-def test_nats_asks_every_stranger_for_a_password(control: Control) -> None:
-    """And ends the connection."""
-    host, _, port = control.nats_url.removeprefix("nats://").partition(":")
-    said = as_stranger(NATS_CODE, host, port)
+def test_nats_answers_nobody_without_the_deployments_certificate(control: Control) -> None:
+    """Not even with its version and address, which it tells first where it speaks in plain text."""
+    host, port = host_and_port(control.nats_url)
+    tls = ssl.create_default_context(cadata=control.authority)
+    with (
+        socket.create_connection((host, port), 5) as plain,
+        tls.wrap_socket(plain, server_hostname=host) as connection,
+        pytest.raises(ssl.SSLError, match="CERTIFICATE_REQUIRED"),
+    ):
+        connection.recv(4096)
+
+    assert as_stranger(NATS_CODE, host, str(port)).strip() == ""
+
+
+def test_nats_asks_for_a_password_too(control: Control) -> None:
+    """And ends the connection of who has the certificate alone."""
+    host, port = host_and_port(control.nats_url)
+    with (
+        socket.create_connection((host, port), 5) as plain,
+        control_tls(control).wrap_socket(plain, server_hostname=host) as connection,
+    ):
+        connection.sendall(NATS_WORDS)
+        said = b"".join(iter(lambda: connection.recv(4096), b"")).decode()
 
     assert "Authorization Violation" in said
     assert "+OK" not in said
@@ -200,7 +225,7 @@ def test_no_secret_is_on_a_command_line_in_an_environment_or_in_a_log(echo: Depl
         control.etcd_password,
         control.worker_secret,
         control.frontend_secret,
-        Path(control.etcd_client_file).read_text().splitlines()[-3],
+        Path(control.client_file).read_text().splitlines()[-3],
     }
     shown = {}
     for pid in processes_of(echo.run):

@@ -9,13 +9,12 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import nats
 import pytest
 
 from launch.records import Control
-from tests.workers.test_control import control, running
-from workers.control import servers
+from tests.workers.test_control import control, nats_server, running
 from workers.runtime.commands import Command, Commander, OperationError, Reply, serve_commands
+from workers.runtime.events import connect
 
 __all__ = ["control"]  # a fixture
 
@@ -58,7 +57,7 @@ class Plane:
 @pytest.fixture
 async def plane(control: Control, tmp_path: Path) -> AsyncIterator[Plane]:
     """Both, over a NATS of their own."""
-    async with running(servers.nats(control, servers.find_nats(None), tmp_path / "nats"), tmp_path):
+    async with running(nats_server(control, tmp_path), tmp_path):
         made = Plane(control)
         async with made.up():
             yield made
@@ -115,7 +114,7 @@ async def test_a_command_that_takes_too_long_may_have_been_done(plane: Plane) ->
 
 async def test_noise_on_the_subject_is_answered_as_such(plane: Plane, control: Control) -> None:
     """And the worker goes on."""
-    client = await nats.connect(control.nats_url, user="baton", password="secret")
+    client = await connect(control, "test")
     for noise in (b"", b"\xc1", b"\x93\x01", b"\x81\xa9operation\x01"):
         answer = await client.request("baton.my_deployment.control.decode-0", noise, timeout=5)
         assert b"this is not a command" in answer.data
@@ -126,7 +125,7 @@ async def test_noise_on_the_subject_is_answered_as_such(plane: Plane, control: C
 
 async def test_commands_survive_a_restart_of_nats(control: Control, tmp_path: Path) -> None:
     """While it is away they are refused with that reason; when it is back they work again by themselves."""
-    server = servers.nats(control, servers.find_nats(None), tmp_path / "nats")
+    server = nats_server(control, tmp_path)
     plane = Plane(control)
     async with contextlib.AsyncExitStack() as stack:
         async with running(server, tmp_path):
@@ -142,7 +141,7 @@ async def test_commands_survive_a_restart_of_nats(control: Control, tmp_path: Pa
 
 async def test_a_worker_that_stops_answers_what_it_was_doing(control: Control, tmp_path: Path) -> None:
     """Nobody waits out the time limit of an operation for a worker that ends."""
-    async with running(servers.nats(control, servers.find_nats(None), tmp_path / "nats"), tmp_path):
+    async with running(nats_server(control, tmp_path), tmp_path):
         plane = Plane(control)
         async with asyncio.TaskGroup() as group:
             keeper = group.create_task(plane.commander.keep())

@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import nats
@@ -20,7 +21,9 @@ from slurm import children, ports
 from workers.control import servers
 from workers.control.certificates import issue
 from workers.runtime.etcd import Change, Etcd, EtcdError, LeaseLostError
+from workers.runtime.events import connect
 from workers.runtime.registry import Card, Offer, follow, key, registered
+from workers.runtime.trust import control_tls
 
 CARD = Card(
     member="decode-0",
@@ -51,8 +54,8 @@ def control(tmp_path: Path) -> Control:
         etcd_password="secret",
         worker_public="",
         worker_secret="",
-        etcd_authority=CERTIFICATES.authority,
-        etcd_client_file=str(servers.client_file(CERTIFICATES, tmp_path)),
+        authority=CERTIFICATES.authority,
+        client_file=str(servers.client_file(CERTIFICATES, tmp_path)),
     )
 
 
@@ -69,6 +72,11 @@ async def running(server: servers.Server, folder: Path) -> AsyncIterator[childre
         await child.stop(5)
 
 
+def nats_server(control: Control, folder: Path) -> servers.Server:
+    """NATS with its files in the folder."""
+    return servers.nats(control, CERTIFICATES, servers.find_nats(None), folder / "nats")
+
+
 def etcd_server(control: Control, folder: Path) -> servers.Server:
     """etcd with its data in the folder."""
     return servers.etcd(control, CERTIFICATES, servers.find_etcd(None), folder / "etcd")
@@ -81,13 +89,14 @@ def client(control: Control, password: str | None = None) -> Etcd:
 
 async def test_nats_serves_who_has_the_password(control: Control, tmp_path: Path) -> None:
     """JetStream is there, and nobody else gets in."""
-    async with running(servers.nats(control, servers.find_nats(None), tmp_path / "nats"), tmp_path):
-        connection = await nats.connect(control.nats_url, user="baton", password="secret")
+    async with running(nats_server(control, tmp_path), tmp_path):
+        connection = await connect(control, "test")
         account = await connection.jetstream().account_info()
         await connection.close()
+        known: dict[str, Any] = {"tls": control_tls(control), "tls_handshake_first": True, "allow_reconnect": False}
         stranger = Client()
         with pytest.raises(nats.errors.Error, match="Authorization"):
-            await stranger.connect(control.nats_url, user="baton", password="wrong", allow_reconnect=False)
+            await stranger.connect(control.nats_url, user="baton", password="wrong", **known)
         await stranger.close()
 
     assert account.streams == 0

@@ -1,4 +1,4 @@
-"""Certificates of one deployment: etcd talks to those alone that hold the deployment's own.
+"""Certificates of one deployment: NATS and etcd talk to those alone that hold the deployment's own.
 
 etcd's passwords guard its keys but not all it does: without one a stranger may raise an alarm that makes it read-only, take
 leases without end, or read its command line (seen in etcd 3.5.1). So nobody gets to ask who has no certificate. The

@@ -13,7 +13,6 @@ import contextlib
 import json
 import random
 import socket
-import ssl
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import aiohappyeyeballs
 import aiohttp
 
 from launch.records import Control
+from workers.runtime.trust import control_tls
 
 CALL_TIMEOUT_S = 3.0
 # Where others can be asked: a lease of 5 s has to outlive a call to a node that is gone, and the call to the next.
@@ -64,7 +64,7 @@ class Etcd:
         random.shuffle(self._urls)
         self._user = control.etcd_user
         self._password = password or control.etcd_password
-        self._tls = _tls(control)
+        self._tls = control_tls(control)
         self._token = ""
         self._session: aiohttp.ClientSession | None = None
 
@@ -253,13 +253,6 @@ def _watched_socket(address: aiohappyeyeballs.AddrInfoType) -> socket.socket:
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, SILENT_S - 1)
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * SILENT_S)
     return made
-
-
-def _tls(control: Control) -> ssl.SSLContext:
-    """Trust nobody but the deployment's own etcd, and show it our certificate."""
-    context = ssl.create_default_context(cadata=control.etcd_authority)
-    context.load_cert_chain(control.etcd_client_file)
-    return context
 
 
 class EtcdConnectionError(EtcdError):
