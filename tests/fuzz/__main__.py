@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 
@@ -26,15 +27,14 @@ def main() -> int:
     import atheris  # type: ignore[import-untyped]  # no requirement of the project
 
     with atheris.instrument_imports(include=["workers", "tests.fuzz"]):
-        from tests.fuzz.targets import TARGETS
+        from tests.fuzz.targets import SEEDS, TARGETS
 
-    # What begins near a request gets further than noise from nothing.
-    words = ("GET / HTTP/1.1", "POST /v1/completions HTTP/1.1", "Content-Length: 5", "Transfer-Encoding: chunked")
-    dictionary = Path("fuzz.dict")
-    dictionary.write_text("".join(f'"{word}"\n' for word in (*words, "messages", "prompt", "max_tokens", "input")))
-    options = [f"-max_total_time={given.seconds}", "-max_len=4096", "-timeout=20", f"-dict={dictionary}"]
-    atheris.Setup([sys.argv[0], *options], TARGETS[given.target])
-    atheris.Fuzz()
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as corpus:
+        for number, seed in enumerate(SEEDS[given.target]):
+            (Path(corpus) / str(number)).write_bytes(seed)
+        options = [f"-max_total_time={given.seconds}", "-max_len=4096", "-timeout=20"]
+        atheris.Setup([sys.argv[0], *options, corpus], TARGETS[given.target])
+        atheris.Fuzz()
     return 0
 
 

@@ -8,6 +8,7 @@ bodies  what reads the bodies of requests: it can be served, or is an ApiError o
 from __future__ import annotations
 
 import asyncio
+import gzip
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +72,47 @@ def bodies(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {"frames": frames, "http": http, "bodies": bodies}
+
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: h\r\n"
+GENERATE = wire.Generate(
+    1, wire.Leg.DECODE, "r", b"\1\0\0\0", b"", b"{}", 5, wire.NOTHING, b"t", 1.5, trace={"traceparent": "0"}
+)
+STEP = wire.Step(
+    [wire.Delta(1, b"\1\0\0\0", b"x")],
+    [wire.End(2, "stop", b"", b"", 1, 2, 0)],
+    [wire.Prefilled(3, b"t", 1.5, 4, 0)],
+    [wire.Failed(4, 503, "m", True)],
+    [wire.Called(5, 200, b"{}", "application/json", 6)],
+)
+SEEDS: dict[str, tuple[bytes, ...]] = {
+    "frames": tuple(
+        map(
+            wire.encode,
+            (
+                *(GENERATE, wire.Call(1, "r", "score", b"{}"), wire.Cancel(1), wire.Release("r", b"t"), wire.Ping()),
+                *(STEP, wire.Beat("i", 1, True, 2)),
+            ),
+        )
+    ),
+    "http": (
+        b"\0" + POST + b"Content-Length: 5\r\n\r\nhello",
+        b"\5" + (POST + b"Content-Length: 2\r\n\r\nhi") * 3,
+        b"\3" + POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+        b"\2" + POST + b"Expect: 100-continue\r\nContent-Length: 1\r\n\r\n1",
+        b"\1" + POST + b"Upgrade: h2c\r\nConnection: Upgrade, close\r\n\r\n",
+        b"\7" + POST + b"Content-Length: 1001\r\n\r\n",
+        b"\0HEAD /%ff?x=%00 HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+    ),
+    "bodies": (
+        b'\0{"model":"m","messages":[{"role":"user","content":"c"}],"tools":[{}],"max_completion_tokens":5,"n":2}',
+        b'\1{"model":"m","prompt":[[1,2],[3]],"stream":true,"stream_options":{"include_usage":true},"echo":true}',
+        b'\2{"model":"m","max_tokens":9,"messages":[{"role":"user","content":[{"type":"text","text":"t"}]}]}',
+        b'\3{"model":"m","input":[{"type":"function_call","name":"f","arguments":"{}","call_id":"c"},{"role":"user"}]}',
+        b"\4" + gzip.compress(b"x" * 500),
+        b"\4" + gzip.compress(b"x" * 100 * BODY_LIMIT),
+    ),
+}
+"""Inputs to begin with: noise from nothing hardly ever gets past the first line."""
 
 
 class Wire(asyncio.Transport):
