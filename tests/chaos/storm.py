@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.records import RunDirectory
+from launch.records import RunDirectory, State
 from slurm.children import mapped_segments
 from tests.chaos.asks import MODEL, Asks, Supply, recorded
 from tests.chaos.clients import Clients, Tally
@@ -223,15 +223,20 @@ async def _watch(running: Deployment, watched: Watched) -> None:
 
 
 def _look(running: Deployment, samples: dict[int, Sample], segments: set[str]) -> None:
+    """Note what each process holds; one that is still starting would seem to grow."""
     job = running.run.job()
     assert job
-    names = {pid: name for name, pid in running.pids().items()}
-    names |= {record.pid: f"agent of rank {rank}" for rank, record in running.run.ranks(job.attempt).items()}
+    ranks = running.run.ranks(job.attempt).items()
+    names = {record.pid: f"agent of rank {rank}" for rank, record in ranks}
+    members = [(name, member) for _, record in ranks for name, member in record.members.items() if member.pid]
+    names |= {member.pid: name for name, member in members}
+    starting = {member.pid for _, member in members if member.state is not State.READY}
     for pid, name in names.items():
-        with contextlib.suppress(OSError):
-            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-            descriptors = len(os.listdir(f"/proc/{pid}/fd"))
-            samples[pid] = Sample(name, pages * os.sysconf("SC_PAGE_SIZE"), descriptors)
+        if pid not in starting:
+            with contextlib.suppress(OSError):
+                pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+                descriptors = len(os.listdir(f"/proc/{pid}/fd"))
+                samples[pid] = Sample(name, pages * os.sysconf("SC_PAGE_SIZE"), descriptors)
         segments |= mapped_segments(pid)
 
 
