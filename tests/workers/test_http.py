@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -182,3 +183,19 @@ async def test_a_client_that_does_not_go_on_is_hung_up_on(
 
     assert got.startswith(answer)
     assert bool(got) is bool(answer)
+
+
+async def test_a_closed_connection_goes_with_the_last_that_knew_of_it() -> None:
+    """And not when Python next looks for cycles: the bodies of hundreds of requests would wait for that, of 60 MB each or not."""
+    gc.collect()
+    gc.disable()
+    try:
+        async with serving() as at:
+            for _ in range(3):
+                await said(at, [WHOLE])
+            await asyncio.sleep(0)
+            left = [item for item in gc.get_objects() if isinstance(item, Connection | Request)]
+    finally:
+        gc.enable()
+
+    assert left == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,7 +37,7 @@ def trained(kind: str) -> Tokenizer:
 
 
 TOKENIZERS = {kind: trained(kind) for kind in ("byte", "first", "prepend")}
-CACHED = {kind: Tokens(tokenizer, max_cached_chars=200) for kind, tokenizer in TOKENIZERS.items()}
+CACHED = {kind: Tokens(tokenizer, max_cached_bytes=3000) for kind, tokenizer in TOKENIZERS.items()}
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -52,12 +54,32 @@ def test_threads_share_the_turns(tiny_model: Path) -> None:
     tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
     marks = boundaries(list(tokenizer.get_added_tokens_decoder().values()))
     texts = [marks[0].join(f"turn {number % modulus}" for modulus in range(1, 9)) for number in range(400)]
-    tokens = Tokens(tokenizer, max_cached_chars=300)
+    tokens = Tokens(tokenizer, max_cached_bytes=3000)
 
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda text: tokens.encode(text, special=False), texts))
 
     assert found == [pack(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts]
+
+
+@pytest.mark.parametrize(
+    "turn", [pytest.param("{} w", id="short"), pytest.param("{} " + "\N{SNOWMAN}" * 300, id="of many tokens")]
+)
+def test_turns_take_no_more_memory_than_they_may(turn: str) -> None:
+    """Text, ids and all, by Python's own count of what it has given out."""
+    limit = 1 << 20
+    tokens = Tokens(TOKENIZERS["byte"], max_cached_bytes=limit)
+    tokens.encode(f"<|a|>{turn.format('warm')}", special=False)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for number in range(6000 if len(turn) < 10 else 1000):
+            tokens.encode(f"<|a|>{turn.format(number)}", special=False)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert limit / 2 < held < 1.05 * limit
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,10 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio.Protocol; nobody reads the answer any more."""
         self._transport = None
+        # The parser and the connection hold each other. Left so, every connection there was would stay, with the body of its
+        # last request, until Python looks for cycles: that is once in hundreds of connections, whatever their bodies weigh.
+        del self._parser
+        self._waiting.clear()
         self._out.clear()
         self._server.connections.discard(self)
         self._server.one_closed.set()

@@ -8,6 +8,7 @@ kept, up to a bound, least recently used first out. Only splits that cannot chan
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,19 +17,20 @@ from tokenizers import AddedToken, Tokenizer
 
 from workers.runtime.wire import pack
 
-MAX_CACHED_CHARS = 16 << 20
+MAX_CACHED_BYTES = 16 << 20
+ENTRY_BYTES = 200  # of a turn in the cache, beside its text and its ids
 
 
 class Tokens:
     """A tokenizer, and the turns that it has seen; may be used from several threads."""
 
-    def __init__(self, tokenizer: Tokenizer, max_cached_chars: int = MAX_CACHED_CHARS) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_cached_bytes: int = MAX_CACHED_BYTES) -> None:
         self._tokenizer = tokenizer
-        self._max_cached_chars = max_cached_chars
+        self._max_cached_bytes = max_cached_bytes
         marks = boundaries(list(tokenizer.get_added_tokens_decoder().values()))
         self._marks = re.compile("|".join(map(re.escape, marks))) if marks else None
         self._cache: OrderedDict[str, bytes] = OrderedDict()
-        self._cached_chars = 0
+        self._cached_bytes = 0
         self._lock = threading.Lock()
 
     def encode(self, text: str, special: bool) -> bytes:
@@ -65,12 +67,18 @@ class Tokens:
         return ids
 
     def _keep(self, turn: str, ids: bytes) -> None:
-        if not ids or turn in self._cache or len(turn) > self._max_cached_chars // 8:
+        size = _size(turn, ids)
+        if not ids or turn in self._cache or size > self._max_cached_bytes // 8:
             return
         self._cache[turn] = ids
-        self._cached_chars += len(turn)
-        while self._cached_chars > self._max_cached_chars:
-            self._cached_chars -= len(self._cache.popitem(last=False)[0])
+        self._cached_bytes += size
+        while self._cached_bytes > self._max_cached_bytes:
+            self._cached_bytes -= _size(*self._cache.popitem(last=False))
+
+
+def _size(turn: str, ids: bytes) -> int:
+    """Bytes of memory that a turn takes: its ids may weigh more than its text, and so may the entry of a short one."""
+    return sys.getsizeof(turn) + sys.getsizeof(ids) + ENTRY_BYTES
 
 
 def boundaries(added: Sequence[AddedToken]) -> list[str]:
