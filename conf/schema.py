@@ -140,6 +140,8 @@ class FrontendConf:
     """kv: how much a cached block of the prompt counts against a block that is queued to be computed; 0 looks at load alone."""
     router_load_weight: float = 0.4
     """kv: how much a block of a request that is being served counts against one that is queued to be computed."""
+    router_balance_weight: float = 0.1
+    """kv: how much a block that a worker was given lately beyond the mean of all counts against one that is queued."""
     router_temperature: float = 0.0
     """kv: 0 takes the best worker; more draws from a softmax over all, the flatter the higher it is."""
     router_ttl_s: float = 120.0

@@ -422,7 +422,10 @@ def router_of(recipe: Recipe, plane: KvPlane) -> Router:
         events = recipe.publishes_kv_events
         view = KvView(plane.ask, events, PREDICTED_S if events else asked.router_ttl_s)
         weights = Weights(
-            overlap=asked.router_overlap_weight, load=asked.router_load_weight, temperature=asked.router_temperature
+            overlap=asked.router_overlap_weight,
+            load=asked.router_load_weight,
+            balance=asked.router_balance_weight,
+            temperature=asked.router_temperature,
         )
         kv = KvRouter(view, Book(), weights)
         kv.on_routed = plane.routed
