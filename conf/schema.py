@@ -140,6 +140,8 @@ class FrontendConf:
     """kv: how much a cached block of the prompt counts against a block that is queued to be computed; 0 looks at load alone."""
     router_load_weight: float = 0.4
     """kv: how much a block of a request that is being served counts against one that is queued to be computed."""
+    router_balance_weight: float = 0.1
+    """kv: how much a block that a worker was given lately beyond the mean of all counts against one that is queued."""
     router_temperature: float = 0.0
     """kv: 0 takes the best worker; more draws from a softmax over all, the flatter the higher it is."""
     router_ttl_s: float = 120.0
@@ -190,19 +192,19 @@ class FrontendConf:
     busy_kv_usage: float = 0.99
     """A worker gets nothing more while this share of its KV cache is in use; 0 sets no limit, as for the following."""
     busy_prefill_tokens: int = 0
-    """A worker gets nothing more while it has this many prompt tokens to compute for a frontend."""
+    """A worker gets nothing more while it has this many prompt tokens to compute; of several frontends each counts its own, up to its part."""
     busy_requests: int = 0
-    """A worker gets nothing more while it serves this many requests of a frontend."""
+    """A worker gets nothing more while it serves this many requests; of several frontends each counts its own, up to its part."""
     queue_requests: int = 512
-    """Requests that may wait in each frontend while all workers are busy, fairly by API key; one more is refused with 503."""
+    """Requests that may wait in all frontends while all workers are busy, fairly by API key; one more is refused with 503."""
     queue_tokens: int = 0
     """Prompt tokens of the requests that may wait."""
     queue_timeout_s: float = 30.0
     """Seconds that a request may wait; then it is refused with 503."""
     requests_per_minute: int = 0
-    """Requests that each API key may send to each frontend in a minute; one more is refused with 429."""
+    """Requests that each API key may send in a minute, to all frontends; one more is refused with 429."""
     tokens_per_minute: int = 0
-    """Tokens, of prompts and answers, that each API key may use of each frontend in a minute."""
+    """Tokens, of prompts and answers, that each API key may use in a minute, of all frontends."""
 
 
 @dataclass

@@ -102,7 +102,7 @@ def _body(pairs: list[str], members: list[str] | None, role: str | None) -> dict
 
 
 def _limits(run: RunDirectory, body: dict[str, Any]) -> int:
-    """Each frontend keeps limits of its own: change those of all, and print what they are now."""
+    """Change limits, and print what each frontend says of them: those of all together, and how many requests wait there."""
     for url in _urls(run):
         status, answer = post(run, LIMITS, body, [url])
         if status != 200:

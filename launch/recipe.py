@@ -326,6 +326,7 @@ class Frontend:
     otlp_endpoint: str | None = None
     router_overlap_weight: float = 2.0
     router_load_weight: float = 0.4
+    router_balance_weight: float = 0.1
     router_temperature: float = 0.0
     router_ttl_s: float = 120.0
     router_sessions: bool = False
@@ -367,11 +368,16 @@ class Frontend:
             raise ConfigError(f"frontend.processes is 1 to 8, got {self.processes}")
         if self.port is not None and not 1 <= self.port <= 65535:
             raise ConfigError(f"frontend.port is 1 to 65535, or null for one derived from the job, got {self.port}")
-        weights = (self.router_overlap_weight, self.router_load_weight, self.router_temperature)
+        weights = (
+            self.router_overlap_weight,
+            self.router_load_weight,
+            self.router_balance_weight,
+            self.router_temperature,
+        )
         if min(weights) < 0 or self.router_ttl_s <= 0:
             raise ConfigError(
-                "frontend.router_overlap_weight, router_load_weight and router_temperature are at least 0 and router_ttl_s "
-                f"above 0, got {weights} and {self.router_ttl_s}"
+                "frontend.router_overlap_weight, router_load_weight, router_balance_weight and router_temperature are at "
+                f"least 0 and router_ttl_s above 0, got {weights} and {self.router_ttl_s}"
             )
         for name in ("max_connections", "keep_alive_s", "request_timeout_s", "reader_timeout_s", "max_unsent_bytes"):
             if getattr(self, name) <= 0:

@@ -3,23 +3,27 @@
     python -m benchmarks.routing.cost [--blocks 10000000]
 
 CPU time, so that a busy machine matters less; the two indexes hold the same blocks and answer the same prompts. The array index
-is open addressing in two arrays, looked up and filled a prompt at a time.
+is open addressing in two arrays, looked up and filled a prompt at a time. The dictionaries are searched as the router does it
+(`BlockIndex.overlap`) and walked block by block, as it did before; in turns, so that both meet the same machine. Beside prompts
+that one worker has whole there are those of which every worker has another number of blocks, where a search looks at most.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.routing.quality import Ask, Worker, _card
-from workers.frontend.block_index import BlockIndex
+from workers.frontend.block_index import BlockIndex, _note
 from workers.frontend.book import Book
 from workers.frontend.kv_router import KvRouter, Weights
 from workers.frontend.kv_view import KvView
@@ -106,13 +110,48 @@ def fill(index: BlockIndex | ArrayIndex, blocks: int) -> tuple[float, float, lis
     return megabytes() - before, spent / blocks, kept
 
 
+def walk(index: BlockIndex, names: Sequence[int]) -> dict[int, int]:
+    """What `BlockIndex.overlap` finds, block by block."""
+    found: dict[int, int] = {}
+    shards, low, left = index._shards, index._low, index._shown
+    depth = 0
+    for depth, name in enumerate(names):
+        holders = shards[name & low].get(name, 0) & left
+        if holders != left:
+            if depth:
+                _note(found, left & ~holders, depth)
+            left = holders
+            if not left:
+                return found
+    _note(found, left, depth + 1)
+    return found
+
+
 def look_up(overlap: Callable[[list[int]], dict[int, int]], prompts: list[list[int]]) -> float:
-    """Blocks looked up in a second of CPU; every prompt is found whole, and by one holder."""
+    """Blocks looked up in a second of CPU; every prompt is found whole."""
     begun = time.process_time()
-    for _ in range(5):
-        for names in prompts:
-            assert max(overlap(names).values()) == PROMPT_BLOCKS
-    return 5 * len(prompts) * PROMPT_BLOCKS / (time.process_time() - begun)
+    for names in prompts:
+        assert max(overlap(names).values()) == PROMPT_BLOCKS
+    return len(prompts) * PROMPT_BLOCKS / (time.process_time() - begun)
+
+
+def in_turns(index: BlockIndex, prompts: list[list[int]]) -> tuple[float, float]:
+    """Medians of the blocks looked up in a second, by the search and by the walk."""
+    rounds = [(look_up(index.overlap, prompts), look_up(partial(walk, index), prompts)) for _ in range(5)]
+    searched, walked = zip(*rounds, strict=True)
+    return statistics.median(searched), statistics.median(walked)
+
+
+def stairs(index: BlockIndex, count: int) -> list[list[int]]:
+    """Prompts in an index of which every holder has another number of blocks."""
+    rng = random.Random(1)
+    prompts = []
+    for _ in range(count):
+        names = [rng.getrandbits(64) for _ in range(PROMPT_BLOCKS)]
+        for holder in range(HOLDERS):
+            index.stored(holder, names[: PROMPT_BLOCKS * (holder + 1) // HOLDERS])
+        prompts.append(unpack_names(pack_names(names)))
+    return prompts
 
 
 def one_choice(tokens: int, block_size: int) -> dict[str, float]:
@@ -163,20 +202,24 @@ def main() -> None:
     for tokens, size in ((2000, 16), (2000, 32), (2000, 128), (16000, 32)):
         parts = " | ".join(f"{value:.0f} µs" for value in one_choice(tokens, size).values())
         print(f"| {tokens} tokens, blocks of {size} | {parts} |")
-    print("\n| index | blocks | memory MB | ns to store one | blocks looked up in a second |")
-    print("|---|---|---|---|---|")
-    for name, index, blocks in (
-        ("two numpy arrays", ArrayIndex(asked.blocks // 10), asked.blocks // 10),
-        ("dictionaries (ours)", BlockIndex(), asked.blocks // 10),
-        ("dictionaries (ours)", BlockIndex(), asked.blocks),
-    ):
-        if isinstance(index, BlockIndex):
-            for _ in range(HOLDERS):
-                index.join()
+    print("\n| index | blocks | memory MB | ns to store one | blocks looked up in a second | block by block | ratio |")
+    print("|---|---|---|---|---|---|---|")
+    arrays = ArrayIndex(asked.blocks // 10)
+    memory, store_s, prompts = fill(arrays, asked.blocks // 10)
+    speed = statistics.median(look_up(arrays.overlap, prompts) for _ in range(5))
+    print(f"| two numpy arrays | {asked.blocks // 10:,} | {memory:.0f} | {store_s * 1e9:.0f} | {speed:,.0f} | | |")
+    for blocks in (asked.blocks // 10, asked.blocks):
+        index = BlockIndex()
+        for _ in range(HOLDERS):
+            index.join()
         memory, store_s, prompts = fill(index, blocks)
-        speed = look_up(index.overlap, prompts)
-        print(f"| {name} | {blocks:,} | {memory:.0f} | {store_s * 1e9:.0f} | {speed:,.0f} |", flush=True)
-    assert isinstance(index, BlockIndex)
+        for what, some in (("one worker has it", prompts), ("each has another part", stairs(index, 2000))):
+            searched, walked = in_turns(index, some)
+            print(
+                f"| dictionaries, {what} | {blocks:,} | {memory:.0f} | {store_s * 1e9:.0f} "
+                f"| {searched:,.0f} | {walked:,.0f} | {searched / walked:.1f} |",
+                flush=True,
+            )
     slowest = 0.0
     index.leave(3)
     begun = last = time.perf_counter()

@@ -257,8 +257,24 @@ def no_eviction(talks: list[list[Turn]], answers: bool = True) -> float:
 def kv(events: bool, seed: int, weights: Weights) -> tuple[Policy, KvView]:
     """The router's mode kv, real but for the clock."""
     view = KvView(lambda member, ask: None, events, 120.0 if not events else 30.0)
-    router = KvRouter(view, Book(), weights, random.Random(seed))
-    return (lambda workers, ask, now: router.pick(workers, ask, True)), view
+    clock = Clock()
+    router = KvRouter(view, Book(), weights, random.Random(seed), clock)
+
+    def policy(workers: list[Worker], ask: Ask, now: float) -> tuple[int, KvBooking]:
+        clock.now = now
+        return router.pick(workers, ask, True)
+
+    return policy, view
+
+
+@dataclass(slots=True)
+class Clock:
+    """Simulated time, in seconds."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def simple(name: RouterMode, seed: int) -> tuple[Policy, None]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -48,3 +53,44 @@ def test_a_frontend_can_be_asked_by_itself(two: Deployment) -> None:
         assert two.http.post(f"{two.endpoint.urls[1]}/completions", json=body).status_code == 200
 
     assert served(two, "frontend-1") - before == 5
+
+
+def limits(two: Deployment, url: str, **values: int) -> dict[str, Any]:
+    """What a frontend says of the limits, after changing some."""
+    headers = {"Authorization": f"Bearer {two.run.admin_key()}"}
+    answer = two.http.post(f"{url.removesuffix('/v1')}/admin/limits", json=values, headers=headers)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    """Wait until it is so, while things may refuse to be asked."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        with contextlib.suppress(httpx.HTTPError, AssertionError):
+            if condition():
+                return
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.05)
+
+
+def test_all_frontends_together_keep_a_limit_that_was_set_at_one(two: Deployment) -> None:
+    """A key gets its requests a minute once, not once from each; a frontend that was killed comes back to the same limits."""
+    first, second = two.endpoint.urls
+    until(lambda: limits(two, first)["frontends"] == limits(two, second)["frontends"] == 2)
+    limits(two, first, requests_per_minute=10)
+    try:
+        until(lambda: limits(two, second)["limits"]["requests_per_minute"] == 10)
+        body = {"model": "tiny", "prompt": "one two", "max_tokens": 1}
+        asked = [two.http.post(f"{url}/completions", json=body) for url in (first, second) for _ in range(8)]
+        assert [answer.status_code for answer in asked] == [*[200] * 5, *[429] * 3] * 2
+        assert "at this one of 2 frontends" in asked[-1].json()["error"]["message"]
+
+        before = two.pids()["frontend-1"]
+        os.kill(before, signal.SIGKILL)
+        until(lambda: two.pids()["frontend-1"] != before and limits(two, second)["frontends"] == 2)
+        assert limits(two, second)["limits"]["requests_per_minute"] == 10
+        assert limits(two, second)["of_this_one"]["requests_per_minute"] == 5
+    finally:
+        limits(two, first, requests_per_minute=0)

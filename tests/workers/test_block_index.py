@@ -85,15 +85,36 @@ class IndexAgainstSets(RuleBasedStateMachine):
 
     @rule(names=SOME, also=st.dictionaries(NAMES, st.integers(0, 63), max_size=5))
     def overlap(self, names: list[int], also: dict[int, int]) -> None:
-        """The walk for all holders finds what one walk for each finds."""
-        expected = {}
-        for holder, held in self.model.items():
-            depth = 0
-            while depth < len(names) and (names[depth] in held or also.get(names[depth], 0) >> holder & 1):
-                depth += 1
+        """The search for all holders finds an end of each: it has the block before and lacks the one after."""
+        holds = {
+            holder: [name in held or bool(also.get(name, 0) >> holder & 1) for name in names]
+            for holder, held in self.model.items()
+            if holder not in self.hidden
+        }
+        found = self.index.overlap(names, also)
+        assert set(found) == {holder for holder, has in holds.items() if has and has[0]}
+        for holder, depth in found.items():
+            assert holds[holder][depth - 1]
+            assert depth == len(names) or not holds[holder][depth]
+
+    @rule(data=st.data(), names=SOME, also=st.integers(0, 12))
+    def overlap_without_gaps(self, data: st.DataObject, names: list[int], also: int) -> None:
+        """Where nobody has gaps, the search finds what one walk for each finds, expected blocks counted with those told."""
+        names = [1000 + number for number, _ in enumerate(names)]
+        depths = {}
+        for holder in self.model:
+            depth = data.draw(st.integers(0, len(names)))
+            self.index.removed(holder, names)
+            self.index.stored(holder, names[: max(0, depth - also)])
             if depth and holder not in self.hidden:
-                expected[holder] = depth
-        assert self.index.overlap(names, also) == expected
+                depths[holder] = depth
+        expected: dict[int, int] = {}
+        for holder, depth in depths.items():
+            for name in names[max(0, depth - also) : depth]:
+                expected[name] = expected.get(name, 0) | 1 << holder
+        assert self.index.overlap(names, expected) == depths
+        for holder in self.model:
+            self.index.removed(holder, names)
 
     @rule(data=st.data(), names=SOME, start=st.integers(0, 12))
     def run_on(self, data: st.DataObject, names: list[int], start: int) -> None:

@@ -115,6 +115,20 @@ def test_answers_count_against_the_tokens_of_a_key() -> None:
     assert rates.ask("a", 100, now=60.1).over == ""
 
 
+@given(st.integers(1, 1000), st.integers(1, 1000), st.integers(0, 2000), st.floats(0, 90))
+def test_a_key_keeps_its_share_when_limits_are_divided_anew(before: int, after: int, used: int, passed: float) -> None:
+    """Neither the coming nor the going of a frontend gives a key a new minute, and debts stay debts."""
+    rates = Rates(requests_per_minute=0, tokens_per_minute=before)
+    rates.ask("a", 0, now=0.0)
+    rates.answered("a", used, now=0.0)
+    level = min(before, before - used + passed * before / 60)
+    rates.resize(0, after, now=passed)
+    ((_, size, left, _),) = rates.ask("a", 0, now=passed).limits
+
+    assert size == after
+    assert left == pytest.approx(max(0, int(level * after / before)), abs=1)
+
+
 def test_without_limits_nothing_is_kept() -> None:
     """And nothing is said."""
     rates = Rates(0, 0)

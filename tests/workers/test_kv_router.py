@@ -22,6 +22,7 @@ from workers.frontend.kv_view import KvView
 from workers.frontend.local import LocalPrefill, Reason
 from workers.frontend.predictions import Predictions
 from workers.frontend.router import Router, mode, session_choice
+from workers.frontend.shares import Shares
 from workers.frontend.wishes import Wishes, wishes
 from workers.runtime.blocks import chain, root
 from workers.runtime.kv_events import Tier
@@ -65,7 +66,8 @@ class Fleet:
         self.view = KvView(lambda member, ask: None, events, ttl_s)
         self.view.follow([card(name) for name in names])
         self.book = Book()
-        self.kv = KvRouter(self.view, self.book, Weights(**weights), random.Random(1))
+        self.now = 0.0
+        self.kv = KvRouter(self.view, self.book, Weights(**weights), random.Random(1), lambda: self.now)
 
     def caches(self, name: str, ids: list[int], tier: Tier = Tier.DEVICE, adapter: str = "") -> None:
         """A worker has these tokens' blocks."""
@@ -116,7 +118,7 @@ def test_a_weight_of_zero_looks_at_load_alone() -> None:
 
 
 def test_a_long_prompt_at_one_worker_sends_the_next_to_another() -> None:
-    """Before any event or report tells of it; once it is over, both are free again."""
+    """Before any event or report tells of it; once it is over and some time has passed, both are free again."""
     fleet = Fleet("ab")
     index, booking = fleet.kv.pick(fleet.workers, Ask(pack(range(1000, 3000))), True)
     booking.begin()
@@ -127,8 +129,54 @@ def test_a_long_prompt_at_one_worker_sends_the_next_to_another() -> None:
     booking.end()
     booking.end()
 
+    fleet.now += 600
     assert fleet.book.own == {}
     assert {fleet.pick([number] * 40) for number in range(40)} == {"a", "b"}
+
+
+def test_requests_that_never_meet_spread_over_all_that_cache_them_alike() -> None:
+    """Each ends before the next begins, so that nothing is under way: what was given lately decides, in turns."""
+    fleet = Fleet("abcd")
+    for name in "abcd":
+        fleet.caches(name, PROMPT[:8])
+    got: Counter[str] = Counter()
+    for number in range(40):
+        index, booking = fleet.kv.pick(fleet.workers, Ask(pack(PROMPT[:8] + [number] * 32)), True)
+        booking.begin()
+        booking.prefilled()
+        booking.end()
+        got[fleet.workers[index].name] += 1
+
+    assert got == dict.fromkeys("abcd", 10)
+
+
+def test_a_conversation_leaves_a_worker_that_did_far_more_than_the_others() -> None:
+    """It stays where it is cached while the others did as much, and does not for the sake of a short prefix."""
+    fleet = Fleet("ab")
+    fleet.caches("a", PROMPT)
+    fleet.kv.shares.note(("a", 0), 40_000)
+    assert fleet.pick(PROMPT) == "b"
+    fleet.kv.shares.note(("b", 0), 40_000)
+    assert fleet.pick(PROMPT) == "a"
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5000), st.floats(0, 40)), max_size=40))
+def test_work_counts_half_after_half_a_minute(given: list[tuple[str, int, float]]) -> None:
+    """Whatever is noted when; and nothing is kept of workers that got nothing for long."""
+    now = 0.0
+    shares = Shares(lambda: now)
+    exact = dict.fromkeys("abc", 0.0)
+    for name, tokens, passed in given:
+        now += passed
+        exact = {key: value * 0.5 ** (passed / 30) for key, value in exact.items()}
+        exact[name] += tokens + 64
+        shares.note((name, 0), tokens)
+    kept = shares.of([(name, 0) for name in "abc"])
+    # It fades in steps of a second, and forgets less than a token.
+    assert all(0.97 * value - 2 <= found <= value / 0.97 + 2 for found, value in zip(kept, exact.values(), strict=True))
+    now += 3600
+    assert shares.of([("a", 0)]) == [0.0]
+    assert len(shares) == 0
 
 
 def test_what_was_sent_is_expected_before_events_tell() -> None:
@@ -228,8 +276,9 @@ def test_books_of_other_frontends_and_reports_count_once() -> None:
 def test_a_temperature_draws_the_better_more_often(costs: list[float], temperature: float) -> None:
     """At 0 the best is taken; else a cheaper worker is never drawn much less than a dearer one."""
     rng = random.Random(3)
-    assert costs[choose(costs, 0.0, rng)] == min(costs)
-    drawn = Counter(choose(costs, temperature, rng) for _ in range(2000))
+    given = [0.0] * len(costs)
+    assert costs[choose(costs, given, 0.0, rng)] == min(costs)
+    drawn = Counter(choose(costs, given, temperature, rng) for _ in range(2000))
     best, worst = costs.index(min(costs)), costs.index(max(costs))
     assert drawn[best] >= drawn[worst] - 200
 

@@ -29,7 +29,8 @@ from workers.frontend.errors import ApiError
 from workers.frontend.exchange import Pool, Question, Relay, Releaser, answer
 from workers.frontend.links import Links
 from workers.frontend.local import LocalPrefill, Reason
-from workers.frontend.router import mode
+from workers.frontend.router import Router, mode
+from workers.frontend.wishes import Wishes
 from workers.runtime import wire
 from workers.runtime.curve import ClientKeys, ServerKeys
 from workers.runtime.registry import Card
@@ -420,6 +421,26 @@ async def test_a_door_that_is_closed_lets_nobody_in(plane: Plane) -> None:
         socket.connect(worker.card.address)
         socket.send(wire.encode(wire.Ping()))
         assert not await asyncio.to_thread(socket.poll, 1000)
+
+
+async def test_a_busy_worker_gets_nothing_while_another_one_is_not(plane: Plane) -> None:
+    """Whatever the mode says; when all are busy it decides among all, and a client that names a worker gets that one."""
+    modes = {kind: mode(RouterMode.ROUND_ROBIN) for kind in Kind}
+    pool = plane.pool = Pool(plane.links, modes, False, plane.legs.append, router=Router(choose=modes, direct=True))
+    for _ in range(3):
+        plane.add()
+    await plane.ready(3)
+    busy = {"w0", "w2"}
+    pool.busy = lambda link: link.card.instance in busy
+
+    def picked(wanted: Wishes) -> set[str]:
+        asked = replace(question(), wishes=wanted)
+        return {pool.pick(Kind.AGGREGATED, asked, ()).link.card.instance for _ in range(6)}
+
+    assert picked(Wishes()) == {"w1"}
+    assert picked(Wishes(members=(plane.workers[2].card.member,))) == {"w2"}
+    busy.add("w1")
+    assert picked(Wishes()) == {"w0", "w1", "w2"}
 
 
 async def test_short_prompts_are_computed_where_they_are_answered(plane: Plane) -> None:

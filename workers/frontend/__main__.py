@@ -44,6 +44,7 @@ from workers.frontend.book import Book
 from workers.frontend.errors import error_body
 from workers.frontend.exchange import Pool
 from workers.frontend.files import Drawer, Files
+from workers.frontend.fleet import Fleet
 from workers.frontend.http import Request, Server
 from workers.frontend.known import Known
 from workers.frontend.kv_metrics import KvMetrics
@@ -207,6 +208,7 @@ async def serve(
     )
     store = Store(folder / "responses", recipe.frontend.stored_responses)
     gate = Gate(thresholds(recipe), pool.has_room, lambda why: metrics.refused.labels(why).inc())
+    pool.busy = gate.busy
     service = Service(served, text, pool, metrics, gate, tokenize=recipe.engine.tokenize)
     service.seconds_left = lambda: told(os.environ)
     app = App(
@@ -238,6 +240,8 @@ async def serve(
     report("loading")
     settle()
     etcd = Etcd(control)
+    fleet = Fleet(etcd, recipe.name, name, gate)
+    app.admin.change_limits = fleet.change
     before = known.read()
     if before:
         links.update(before)
@@ -248,6 +252,7 @@ async def serve(
             group.create_task(
                 follow_load(control, recipe.name, name, lambda event: note(links, router, event)), name="load"
             ),
+            group.create_task(fleet.follow(), name="fleet"),
             group.create_task(links.keep(), name="links"),
             group.create_task(server.keep(), name="connections"),
             group.create_task(commander.keep(), name="commands"),
@@ -258,6 +263,7 @@ async def serve(
         # One that comes back while others serve must not answer, for want of a view, that there is nobody.
         await links.settle(SETTLE_S)
         listening = [await loop.create_server(server.protocol, sock=item, backlog=4096, ssl=secure) for item in sockets]
+        tasks.append(group.create_task(fleet.keep(), name="serves"))
         if leads is not None:
             alone = Alone(
                 leads, lambda: batches.work(asks(app)), lambda: listen_locally(server, recipe.frontend.unix_socket)
@@ -422,7 +428,10 @@ def router_of(recipe: Recipe, plane: KvPlane) -> Router:
         events = recipe.publishes_kv_events
         view = KvView(plane.ask, events, PREDICTED_S if events else asked.router_ttl_s)
         weights = Weights(
-            overlap=asked.router_overlap_weight, load=asked.router_load_weight, temperature=asked.router_temperature
+            overlap=asked.router_overlap_weight,
+            load=asked.router_load_weight,
+            balance=asked.router_balance_weight,
+            temperature=asked.router_temperature,
         )
         kv = KvRouter(view, Book(), weights)
         kv.on_routed = plane.routed

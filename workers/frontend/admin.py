@@ -1,7 +1,7 @@
 """The operators' routes: operations on the live workers behind the frontend, under a key of their own.
 
     GET  /admin/members               what every worker says of itself
-    GET, POST /admin/limits           this frontend's limits of load (`workers.frontend.admission`), or other values for some
+    GET, POST /admin/limits           the limits of load (`workers.frontend.admission`), or other values for some, at all frontends
     POST /admin/<operation>           {"members": [...]} or {"role": ...}, or neither for all; and the operation's arguments
     POST /sleep?level=1, /wake_up, /pause, /resume, /reset_prefix_cache, /start_profile, /stop_profile,
          /v1/load_lora_adapter, /v1/unload_lora_adapter          the same, under vLLM's names
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
 
@@ -77,6 +77,7 @@ class Admin:
         self._keys = keys
         self._drain_s = drain_s
         self.gate: Gate | None = None
+        self.change_limits: Callable[[dict[str, Any]], Awaitable[None]] | None = None
 
     @property
     def _members(self) -> dict[str, Member]:
@@ -95,7 +96,7 @@ class Admin:
         """
         authorize(self._keys, request, Scope.ADMIN)
         if request.path == LIMITS and self.gate is not None:
-            self._limits(self.gate, request, connection)
+            await self._limits(self.gate, request, connection)
             return
         listing = request.path == MEMBERS
         if request.method != ("GET" if listing else "POST"):
@@ -118,14 +119,19 @@ class Admin:
             report["rolled_back"] = await self._roll_back(given, replies)
         self._respond(connection, report, replies)
 
-    def _limits(self, gate: Gate, request: Request, connection: Answer) -> None:
+    async def _limits(self, gate: Gate, request: Request, connection: Answer) -> None:
         if request.method not in ("GET", "POST"):
             raise ApiError(405, f"{LIMITS} takes GET or POST, not {request.method}")
-        before = gate.thresholds
-        gate.change(_given(request) if request.method == "POST" else {})
-        if gate.thresholds != before:
-            log.info("limits are now %s", gate.thresholds)
-        connection.respond(200, msgspec.json.encode({"limits": gate.thresholds, "waiting": gate.waiting}))
+        values = _given(request) if request.method == "POST" else {}
+        if values and self.change_limits is not None:
+            await self.change_limits(values)
+        report = {
+            "limits": gate.whole,
+            "waiting": gate.waiting,
+            "frontends": gate.frontends,
+            "of_this_one": gate.thresholds,
+        }
+        connection.respond(200, msgspec.json.encode(report))
 
     def _understand(self, request: Request) -> tuple[Operation, dict[str, Any]]:
         """The operation and its arguments, from the query and the body; of a field in both the body's value counts."""

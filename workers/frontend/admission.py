@@ -2,7 +2,8 @@
 
 While some worker of every kind has room (`Thresholds`), requests pass at once. Otherwise they wait in a bounded queue that is
 fair by key (`fairness.FairQueue`); what does not fit in it, or waits too long, is refused with 503 and `Retry-After`. A key
-over its own rate is refused with 429, and told what it has left. The numbers can be changed while it runs.
+over its own rate is refused with 429, and told what it has left. The numbers can be changed while it runs. They are of the
+whole deployment; of several frontends each one keeps to its part of them (`workers.frontend.fleet`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,15 @@ from workers.frontend.fairness import FairQueue, Rates, Verdict
 
 LOOK_S = 0.02
 RETRY_MOST_S = 60
+# What each frontend counts by itself, so that it may have a part of it only.
+DIVIDED = (
+    "busy_prefill_tokens",
+    "busy_requests",
+    "queue_requests",
+    "queue_tokens",
+    "requests_per_minute",
+    "tokens_per_minute",
+)
 
 
 class Loaded(Protocol):
@@ -49,7 +59,7 @@ class Thresholds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         busy_kv_usage: Share of its KV blocks in use.
         busy_prefill_tokens: Prompt tokens that it has yet to compute.
         busy_requests: Requests that it is serving.
-        queue_requests: Requests that may wait in this frontend.
+        queue_requests: Requests that may wait in the frontends.
         queue_tokens: Prompt tokens of the requests that may wait.
         queue_timeout_s: Seconds that one may wait.
         requests_per_minute: Of each key.
@@ -77,6 +87,12 @@ class Thresholds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             or (self.busy_prefill_tokens and worker.prefilling >= self.busy_prefill_tokens)
             or (self.busy_requests and worker.in_flight(-1) >= self.busy_requests)
         )
+
+    def part(self, number: int, of: int) -> Thresholds:
+        """What frontend `number` (from 0) of so many may do, so that all together do what these say; at least one of each."""
+        sizes = {name: getattr(self, name) for name in DIVIDED}
+        parts = {name: max(1, size // of + (number < size % of)) if size else 0 for name, size in sizes.items()}
+        return msgspec.structs.replace(self, **parts)
 
     def changed(self, values: dict[str, Any]) -> Thresholds:
         """These, with other values for some; numbers may be written as text.
@@ -106,7 +122,11 @@ class Gate:
         room: Callable[[Thresholds], bool],
         on_refused: Callable[[str], None] = lambda why: None,
     ) -> None:
+        self.whole = thresholds
+        """The limits of the deployment."""
         self.thresholds = thresholds
+        """This frontend's part of them."""
+        self._place = 0, 1
         self._room = room
         self._on_refused = on_refused
         self._queue: FairQueue[asyncio.Future[None]] = FairQueue()
@@ -121,17 +141,33 @@ class Gate:
         return len(self._queue)
 
     def change(self, values: dict[str, Any]) -> None:
-        """Change limits, from now on.
+        """Change limits of the deployment, from now on.
 
         Raises:
             ApiError: 400, naming what is wrong; nothing was changed.
         """
-        before, self.thresholds = self.thresholds, self.thresholds.changed(values)
-        now = self.thresholds
-        sizes = (now.requests_per_minute, now.tokens_per_minute)
-        if sizes != (before.requests_per_minute, before.tokens_per_minute):
-            self._rates.change(*sizes)
+        before, self.whole = self.whole, self.whole.changed(values)
+        now = self.thresholds = self.whole.part(*self._place)
+        if _rates(self.whole) != _rates(before):
+            self._rates.change(*_rates(now))
         self._look()
+
+    def divide(self, number: int, of: int) -> None:
+        """From now on this is frontend `number` of so many, and has that part of the limits."""
+        if (number, of) != self._place:
+            self._place = number, of
+            self.thresholds = self.whole.part(number, of)
+            self._rates.resize(*_rates(self.thresholds), time.monotonic())
+            self._look()
+
+    @property
+    def frontends(self) -> int:
+        """How many share the limits."""
+        return self._place[1]
+
+    def busy(self, worker: Loaded) -> bool:
+        """Whether a worker should get nothing more for now."""
+        return self.thresholds.busy(worker)
 
     def refuse_early(self) -> None:
         """Refuse what would be refused anyhow, before any work is done for it.
@@ -153,9 +189,10 @@ class Gate:
         if verdict.over:
             self._on_refused(f"{verdict.over}_per_minute")
             size = next(size for name, size, _, _ in verdict.limits if name == verdict.over)
+            shared = f" at this one of {self.frontends} frontends" if self.frontends > 1 else ""
             raise ApiError(
                 429,
-                f"this key may use {size} {verdict.over} a minute: try again in {verdict.wait_s:.1f} s",
+                f"this key may use {size} {verdict.over} a minute{shared}: try again in {verdict.wait_s:.1f} s",
                 retry_after_s=max(1, math.ceil(verdict.wait_s)),
                 more_headers=headers,
             )
@@ -238,6 +275,10 @@ class Gate:
         return ApiError(
             503, f"the deployment is overloaded: {message}", retry_after_s=min(RETRY_MOST_S, max(1, retry_s))
         )
+
+
+def _rates(limits: Thresholds) -> tuple[int, int]:
+    return limits.requests_per_minute, limits.tokens_per_minute
 
 
 def rate_headers(verdict: Verdict) -> bytes:

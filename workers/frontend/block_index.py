@@ -1,8 +1,9 @@
 """Which worker holds which KV block: a table from a block's name to the set of its holders.
 
-A holder is a number, and a set of them an integer with one bit for each, so that a prompt is walked once for all workers:
-block by block, until none of them is left. Names are chained (`workers.runtime.blocks`), so that a block needs no parent
-here. The table is cut into shards by the names' low bits: a dictionary that grows is copied as a whole, and a shard is
+A holder is a number, and a set of them an integer with one bit for each, so that a prompt is looked up once for all workers.
+Names are chained (`workers.runtime.blocks`), so that a block needs no parent here, and engines drop a prompt's end before its
+beginning: who has a block has those before it. So a prompt is searched by halves for the places where holders end, and of
+its hundreds of blocks a dozen are looked at. The table is cut into shards by the names' low bits: a dictionary that grows is copied as a whole, and a shard is
 copied in a few milliseconds where the whole would hold up the event loop for a second.
 
 A holder that left is forgotten at once, for its bit counts no more; `sweep` takes its bits out, shard by shard, and only
@@ -75,27 +76,41 @@ class BlockIndex:
                     del shard[name]
 
     def overlap(self, names: Sequence[int], also: Mapping[int, int] = NOTHING) -> dict[int, int]:
-        """How many blocks from the first on each holder has without a gap; those that have none are left out.
+        """How many blocks from the first on each holder has; those that lack the first are left out.
+
+        Where every holder of a block has those before it too, the numbers are exact. Of a holder with gaps it is that of one
+        of its runs: it has the block before that number, and lacks the one at it.
 
         Args:
             names: A prompt's blocks.
             also: More holders of blocks, as sets; counted as if they were in the index.
         """
         found: dict[int, int] = {}
-        shards, low, left = self._shards, self._low, self._shown
-        depth = 0
-        for depth, name in enumerate(names):
-            holders = shards[name & low].get(name, 0) & left
-            if holders != left:
-                if also:
-                    holders |= also.get(name, 0) & left
-                if depth:
-                    _note(found, left & ~holders, depth)
-                left = holders
-                if not left:
-                    return found
-        if names:
-            _note(found, left, depth + 1)
+        if not names:
+            return found
+        shards, low = self._shards, self._low
+        name = names[0]
+        first = (shards[name & low].get(name, 0) | also.get(name, 0)) & self._shown
+        if not first:
+            return found
+        name = names[-1]
+        last = (shards[name & low].get(name, 0) | also.get(name, 0)) & first
+        if last:
+            _note(found, last, len(names))
+        # Who has block `before` and lacks block `after` ends in between: halve, as long as the two sets differ.
+        halves = [(0, len(names) - 1, first, last)] if first != last else []
+        while halves:
+            before, after, had, has = halves.pop()
+            if after - before == 1:
+                _note(found, had & ~has, after)
+                continue
+            middle = (before + after) >> 1
+            name = names[middle]
+            holders = (shards[name & low].get(name, 0) | also.get(name, 0)) & had | has
+            if holders != has:
+                halves.append((middle, after, holders, has))
+            if holders != had:
+                halves.append((before, middle, had, holders))
         return found
 
     def run(self, holder: int, names: Sequence[int], start: int) -> int:

@@ -144,6 +144,8 @@ class Pool:
         self.on_resumed = on_resumed
         self.attempts = attempts
         self.pairs = Pairs()
+        self.busy: Callable[[Link], bool] = lambda link: False
+        """Whether a worker should get nothing more as long as another one can."""
 
     def usable(self, kind: Kind, adapter: str = "") -> list[Link]:
         """The workers of a kind that may be asked now, those with the adapter if one is named."""
@@ -164,6 +166,8 @@ class Pool:
     ) -> Target:
         """A worker for a leg, not among those of `avoid` (instances) unless there is no other, and those of `cut` last of all.
 
+        Of the others those that are not busy, if there is one.
+
         With a fingerprint, only workers that may pull a KV cache from a worker of that fingerprint. `computes` says whether
         the prompt is computed there, not pulled.
 
@@ -175,6 +179,8 @@ class Pool:
             usable = [link for link in usable if link.card.fingerprint in ("", fingerprint)]
         possible = [link for link in usable if link.card.instance not in cut] or usable
         links = [link for link in possible if link.card.instance not in avoid] or possible
+        if not question.wishes.members:  # who names a worker waits for it
+            links = [link for link in links if not self.busy(link)] or links
         rank = -1 if kind is Kind.PREFILL else question.dp_rank
         targets = [target for link in links for target in _targets(link, rank)]
         if not targets:

@@ -95,6 +95,12 @@ class Allowance:
         self._flow(now)
         self.level -= units
 
+    def resize(self, now: float, per_minute: int) -> None:
+        """Another size from now on; the same share of it is left, and of debts."""
+        self._flow(now)
+        self.level *= per_minute / self.per_minute
+        self.per_minute = per_minute
+
     def full_in_s(self, now: float) -> float:
         """Seconds until it is full again."""
         return self.wait_s(now, self.per_minute)
@@ -159,6 +165,13 @@ class Rates:
         """Other limits from now on; every key begins with all of them."""
         self._sizes = {"requests": requests_per_minute, "tokens": tokens_per_minute}
         self._keys.clear()
+
+    def resize(self, requests_per_minute: int, tokens_per_minute: int, now: float) -> None:
+        """The same limits in another size; every key keeps the share that it has left."""
+        self._sizes = {"requests": requests_per_minute, "tokens": tokens_per_minute}
+        for allowances in self._keys.values():
+            for name, item in allowances.items():
+                item.resize(now, self._sizes[name])
 
     def _of(self, key: str, now: float) -> dict[str, Allowance]:
         found = self._keys.get(key)

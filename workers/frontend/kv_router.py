@@ -2,9 +2,10 @@
 
     cost(w) = blocks of prompts sent to w that it has yet to compute             (the queue before this one)
             + load_weight * blocks of the prompts under way at w                 (memory, and steps that take longer)
+            + balance_weight * blocks that w was given lately beyond the mean of all  (`workers.frontend.shares`)
             - overlap_weight * (device + HOST_WEIGHT * host + DISK_WEIGHT * disk) blocks of this prompt that w caches
 
-The cheapest is taken, equals by chance; with a temperature, costs are spread over 0 to 1 and drawn from a softmax. A worker
+The cheapest is taken, of equals the one that was given least lately; with a temperature, costs are spread over 0 to 1 and drawn from a softmax. A worker
 that only pulls the prompt from another saves a transfer by what it caches, which counts `PULL_WEIGHT`. That the defaults
 are not one to one is measured (docs/routing.md): a block that is computed elsewhere is computed twice and cached twice, so
 that others go sooner; a block that is held by a running request costs the next one little.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from typing import Protocol
 
 from workers.frontend.book import Book, Booking, Key
 from workers.frontend.kv_view import NONE, KvView, Overlap
+from workers.frontend.shares import Shares
 from workers.frontend.wishes import Wishes
 
 HOST_WEIGHT = 0.75
@@ -72,6 +75,7 @@ class Weights:
 
     overlap: float = 2.0
     load: float = 0.4
+    balance: float = 0.1
     temperature: float = 0.0
 
 
@@ -115,6 +119,7 @@ class KvBooking(Booking):
     def begin(self) -> None:
         """The leg was sent."""
         super().begin()
+        self._router.shares.note(self._where, self.tokens)
         self._router.view.expect(self._where, self._names)
         self._router.on_routed(self._where, self._names)
 
@@ -131,9 +136,17 @@ class KvBooking(Booking):
 class KvRouter:
     """The mode `kv`."""
 
-    def __init__(self, view: KvView, book: Book, weights: Weights, rng: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        view: KvView,
+        book: Book,
+        weights: Weights,
+        rng: random.Random | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.view = view
         self.book = book
+        self.shares = Shares(clock)
         self.hits = Hits()
         self.on_routed: Callable[[Key, Sequence[int]], None] = lambda key, names: None
         """Told of each prompt that is sent, with the blocks that are new there."""
@@ -153,10 +166,13 @@ class KvRouter:
         index = only
         if index is None:
             weight = self._weights.overlap * (1.0 if computes else PULL_WEIGHT)
-            costs = [
-                self._cost(key, size, overlaps.get(key, NONE), weight) for key, size in zip(keys, sizes, strict=True)
-            ]
-            index = choose(costs, self._weights.temperature, self._rng)
+            given = self.shares.of(keys)
+            mean, balance = sum(given) / len(given), self._weights.balance
+            costs = []
+            for key, size, tokens in zip(keys, sizes, given, strict=True):
+                cost = self._cost(key, size, overlaps.get(key, NONE), weight)
+                costs.append(cost + balance * (tokens - mean) / (size or 1) if tokens > mean else cost)
+            index = choose(costs, given, self._weights.temperature, self._rng)
         key, size = keys[index], sizes[index] or 1
         tokens = len(ask.prompt) // 4
         names = ask.wishes.names(ask.prompt, ask.adapter, size)
@@ -187,11 +203,17 @@ class KvRouter:
         return cost
 
 
-def choose(costs: Sequence[float], temperature: float, rng: random.Random) -> int:
-    """The index of a cost: the lowest, equals by chance; or by softmax where there is a temperature."""
+def choose(costs: Sequence[float], given: Sequence[float], temperature: float, rng: random.Random) -> int:
+    """The index of a cost: the lowest, of equals the one with the least in `given`, of those one by chance.
+
+    Where there is a temperature, by softmax over the costs.
+    """
     lowest, highest = min(costs), max(costs)
     if temperature <= 0 or lowest == highest:
         equal = [index for index, cost in enumerate(costs) if cost == lowest]
+        if len(equal) > 1:
+            least = min(given[index] for index in equal)
+            equal = [index for index in equal if given[index] == least]
         return equal[0] if len(equal) == 1 else rng.choice(equal)
     weights = [math.exp(-(cost - lowest) / (highest - lowest) / temperature) for cost in costs]
     return rng.choices(range(len(costs)), weights)[0]

@@ -1,0 +1,123 @@
+"""What the frontends of a deployment share: how many of them serve, and the limits that operators have set while they do.
+
+Both are in etcd: `/baton/<deployment>/frontends/live/<name>` under a lease for each one, and `.../frontends/limits` for good. Each
+frontend enforces its part of the limits (`admission.Thresholds.part`), so that all together keep what the recipe or an operator says.
+While etcd is away what was known last holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import msgspec
+
+from workers.frontend.admission import Gate
+from workers.frontend.errors import ApiError
+from workers.runtime.etcd import Etcd, EtcdError, LeaseLostError
+
+log = logging.getLogger(__name__)
+
+TTL_S = 5
+RETRY_S = 0.3
+
+
+class Fleet:
+    """One frontend among the others; `follow` must run all the time, and `keep` while it serves."""
+
+    def __init__(self, etcd: Etcd, deployment: str, name: str, gate: Gate) -> None:
+        self._etcd = etcd
+        self._root = f"/baton/{deployment}/frontends/"
+        self._name = name
+        self._gate = gate
+        self._changes: dict[str, Any] = {}
+        self._others: set[str] = set()
+
+    async def change(self, values: dict[str, Any]) -> None:
+        """Change limits of the whole deployment, for as long as it runs.
+
+        Raises:
+            ApiError: 400, naming what is wrong; 503, etcd does not answer. Nothing was changed then.
+        """
+        now = self._gate.whole.changed(values)
+        changes = self._changes | {name: getattr(now, name) for name in values}
+        try:
+            await self._etcd.put(self._limits, msgspec.json.encode(changes))
+        except EtcdError as error:
+            raise ApiError(503, f"etcd does not answer ({error}): limits stay as they are", retry_after_s=1) from error
+        self._set(changes)
+
+    async def keep(self) -> None:
+        """Be counted as one that serves; for ever, and not after it was cancelled."""
+        lease = 0
+        try:
+            while True:
+                try:
+                    if not lease:
+                        granted = await self._etcd.grant(TTL_S)
+                        await self._etcd.put(self._own, b"", granted)
+                        lease = granted
+                    await asyncio.sleep(TTL_S / 3)
+                    await self._etcd.keep_alive(lease)
+                except LeaseLostError:
+                    lease = 0
+                except EtcdError:
+                    await asyncio.sleep(RETRY_S)
+        finally:
+            if lease:
+                try:
+                    async with asyncio.timeout(1):
+                        await self._etcd.revoke(lease)
+                except (EtcdError, TimeoutError) as error:
+                    log.debug("the lease ends by itself: %s", error)
+
+    async def follow(self) -> None:
+        """Take part in the limits as frontends come and go and operators change them; for ever."""
+        while True:
+            try:
+                found, revision = await self._etcd.prefix(self._root)
+                self._others = {key for key in found if self._is_other(key)}
+                if self._limits in found:
+                    self._read(found[self._limits])
+                elif self._changes:  # etcd came back without its data: operators' words are not lost with it
+                    await self._etcd.put(self._limits, msgspec.json.encode(self._changes))
+                self._divide()
+                async for changes in self._etcd.watch(self._root, revision + 1):
+                    for change in changes:
+                        if change.key == self._limits and change.value is not None:
+                            self._read(change.value)
+                        elif self._is_other(change.key):
+                            (self._others.discard if change.value is None else self._others.add)(change.key)
+                    self._divide()
+            except EtcdError as error:
+                log.debug("etcd is away (%s): the limits stay as they are", error)
+            await asyncio.sleep(RETRY_S)
+
+    @property
+    def _limits(self) -> str:
+        return f"{self._root}limits"
+
+    @property
+    def _own(self) -> str:
+        return f"{self._root}live/{self._name}"
+
+    def _is_other(self, key: str) -> bool:
+        return key.startswith(f"{self._root}live/") and key != self._own
+
+    def _divide(self) -> None:
+        """This frontend counts itself from the first: in the second before it is told of, all together allow a little more."""
+        names = sorted(self._others | {self._own})
+        self._gate.divide(names.index(self._own), len(names))
+
+    def _read(self, value: bytes) -> None:
+        try:
+            self._set(msgspec.json.decode(value, type=dict[str, Any]))
+        except (msgspec.DecodeError, ApiError) as error:
+            log.error("%s in etcd is not understood (%s); left as it was", self._limits, error)
+
+    def _set(self, changes: dict[str, Any]) -> None:
+        if changes != self._changes:
+            self._gate.change({name: value for name, value in changes.items() if self._changes.get(name) != value})
+            self._changes = changes
+            log.info("limits of all frontends together are now %s", self._gate.whole)
