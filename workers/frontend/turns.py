@@ -2,7 +2,8 @@
 
 A tokenizer first splits a text at its *added tokens* (`<|user|>` and the like), then works on each piece by itself. So the
 ids of a conversation are those of its turns put together, and what was said before need not be tokenized again. Turns are
-kept, up to a bound, least recently used first out. Only splits that cannot change the result are made (`boundaries`).
+kept, up to a bound, least recently used first out. Only splits that cannot change the result are made (`boundaries`). A turn
+that is new is mostly made of words that are not (`workers.frontend.words`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 
 from tokenizers import AddedToken, Tokenizer
 
+from workers.frontend.words import Words, cuts_at_spaces
 from workers.runtime.wire import pack
 
 MAX_CACHED_BYTES = 16 << 20
@@ -29,20 +31,23 @@ class Tokens:
         self._max_cached_bytes = max_cached_bytes
         marks = boundaries(list(tokenizer.get_added_tokens_decoder().values()))
         self._marks = re.compile("|".join(map(re.escape, marks))) if marks else None
+        self._words = Words(self._encode) if cuts_at_spaces(tokenizer) else None
         self._cache: OrderedDict[str, bytes] = OrderedDict()
         self._cached_bytes = 0
         self._lock = threading.Lock()
 
     def encode(self, text: str, special: bool) -> bytes:
         """Packed token ids of a text; `special` adds what the tokenizer puts around a text (a begin token, mostly)."""
-        if special or self._marks is None:
+        if special:
             return self._encode([text], special)[0]
+        if self._marks is None:
+            return self._encode_turns([text])[0]
         turns = self._turns(text)
         with self._lock:
             found = {turn: self._recall(turn) for turn in turns}
         missing = [turn for turn, ids in found.items() if not ids]
         if missing:
-            for turn, ids in zip(missing, self._encode(missing, special=False), strict=True):
+            for turn, ids in zip(missing, self._encode_turns(missing), strict=True):
                 found[turn] = ids
             with self._lock:
                 for turn in missing:
@@ -55,7 +60,10 @@ class Tokens:
         cuts = [mark.start() for mark in self._marks.finditer(text) if mark.start()]
         return [text[start:end] for start, end in zip((0, *cuts), (*cuts, len(text)), strict=True)]
 
-    def _encode(self, texts: list[str], special: bool) -> list[bytes]:
+    def _encode_turns(self, turns: list[str]) -> list[bytes]:
+        return self._encode(turns) if self._words is None else [self._words.encode(turn) for turn in turns]
+
+    def _encode(self, texts: list[str], special: bool = False) -> list[bytes]:
         # `encode` holds the GIL, and works out offsets that nobody asks for.
         return [pack(item.ids) for item in self._tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
 
