@@ -80,7 +80,8 @@ class Leading:
             if any(not member.leader for member in self._rank.plan.members):
                 grace *= 2  # followers end after their leaders
             await wait_for(self._others.all_quiet, grace)
-            if headship.leads:
+            # One that is cut off and does not know that another leads must not wait for that one, which waits for it.
+            if headship.leads and self._others.led_from_here:
                 await wait_for(self._others.all_ended, grace)
             await all_stopped(running)
             await asyncio.gather(*tasks)
@@ -149,7 +150,7 @@ class Leading:
             async with overseer.published() as endpoint:
                 log.info("rank %d leads (term %d): %s", rank.number, headship.term, endpoint.url)
                 self.published.set()
-                losses = Losses(rank.run, rank.recipe, rank.job, rank.number)
+                losses = Losses(rank.run, rank.recipe, rank.job, rank.number, lambda: headship.sure)
                 leads = functools.partial(_leads_still, headship, headship.term)
                 await _first(overseer.watch(), headship.deposed.wait(), self._succession(leads).keep(), losses.watch())
             log.warning("rank %d no longer leads", rank.number)

@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from launch import elastic, watch
 from launch.elastic import Departure, Following, Joining, short_of
@@ -40,13 +40,14 @@ AGAIN_AFTER_S = 60.0
 
 
 class Losses:
-    """What the head does about lost nodes."""
+    """What the head does about lost nodes, as long as it is sure to be the head."""
 
-    def __init__(self, run: RunDirectory, recipe: Recipe, job: Job, rank: int) -> None:
+    def __init__(self, run: RunDirectory, recipe: Recipe, job: Job, rank: int, sure: Callable[[], bool]) -> None:
         self._run = run
         self._recipe = recipe
         self._job = job
         self._rank = rank
+        self._sure = sure
         self._following = Following(run, recipe, job.attempt)
         self._clock = AwakeClock()
         self._heard = Heard(LOST_AFTER_S)
@@ -65,6 +66,8 @@ class Losses:
         attempt = self._job.attempt
         while True:
             await asyncio.sleep(ASK_S)
+            if not self._sure():
+                continue
             with contextlib.suppress(OSError):  # the shared file system has a bad moment: look again
                 where, joined = self._following.look(), elastic.joinings(self._run, attempt)
                 for each in elastic.not_begun(where, joined, self._following.gone, self._run.ranks(attempt)):
@@ -77,6 +80,8 @@ class Losses:
         tried_at = -AGAIN_AFTER_S
         while True:
             await asyncio.sleep(POLL_S)
+            if not self._sure():
+                continue
             with contextlib.suppress(OSError):  # the shared file system has a bad moment: look again
                 await self._note_lost()
                 missing = self._missing()

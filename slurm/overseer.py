@@ -122,7 +122,7 @@ class Overseer:
         self._heard.look(ranks)
         self._publish(await self._phase(ranks), self._heard.lost(ranks))
         targets = self._targets(ranks)
-        if targets != self._targets_told:
+        if targets != self._targets_told and self._may_publish():
             self._run.put_targets(targets)
             self._targets_told = targets
 
