@@ -51,13 +51,13 @@ def bodies(data: bytes) -> None:
         if kind == 0:
             chat, fields = parse(body, ChatRequest)
             chat.check(fields)
-            options(fields)
+            options(fields, chat=True)
             msgspec.json.encode(chat.template_variables)
         elif kind == 1:
             completion, fields = parse(body, CompletionRequest)
             completion.check(fields)
             completion.prompts()
-            options(fields)
+            options(fields, chat=False)
         elif kind == 2:
             count, _ = parse(body, MessageRequest)
             count.check()
@@ -106,6 +106,7 @@ SEEDS: dict[str, tuple[bytes, ...]] = {
     "bodies": (
         b'\0{"model":"m","messages":[{"role":"user","content":"c"}],"tools":[{}],"max_completion_tokens":5,"n":2}',
         b'\1{"model":"m","prompt":[[1,2],[3]],"stream":true,"stream_options":{"include_usage":true},"echo":true}',
+        b'\1{"model":"m","prompt":"p","tools":[{}],"messages":1}',
         b'\2{"model":"m","max_tokens":9,"messages":[{"role":"user","content":[{"type":"text","text":"t"}]}]}',
         b'\3{"model":"m","input":[{"type":"function_call","name":"f","arguments":"{}","call_id":"c"},{"role":"user"}]}',
         b"\4" + gzip.compress(b"x" * 500),

@@ -67,7 +67,7 @@ class Generation:
         self.choices = ask.n or 1
         self._echoes = echoes
         self._fields = fields
-        self._options = options(fields)
+        self._options = options(fields, chat=isinstance(ask, ChatRequest))
         self._logprobs = fields.get("logprobs") is not None and fields["logprobs"] is not False  # 0 asks for them too
         self.id = PREFIXES[shape] + secrets.token_hex(12)
 

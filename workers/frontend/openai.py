@@ -220,14 +220,14 @@ def parse(body: bytes, kind: type[T]) -> tuple[T, dict[str, Any]]:
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
 
 
-def options(fields: dict[str, Any]) -> bytes:
-    """What travels on to the worker.
+def options(fields: dict[str, Any], chat: bool) -> bytes:
+    """What travels on to the worker; only of a chat is it known what `messages` are.
 
     Raises:
         ApiError: 400, a number is too large for any parameter.
     """
     passed = {name: value for name, value in fields.items() if name not in OWN}
-    if fields.get("tools"):
+    if chat and fields.get("tools"):
         passed["messages"] = spoken(
             fields["messages"]
         )  # some parsers number tool calls on from those of the conversation
