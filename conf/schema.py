@@ -145,7 +145,8 @@ class FrontendConf:
     router_temperature: float = 0.0
     """kv: 0 takes the best worker; more draws from a softmax over all, the flatter the higher it is."""
     router_ttl_s: float = 120.0
-    """kv with engine.kv_events=false: seconds for which a prompt is taken to stay cached where it was sent."""
+    """kv: seconds for which a prompt is taken to stay cached where it was sent, where no events tell of it (with
+    engine.kv_events=false all prompts; else those that workers make: with media, or of a model whose prompts only vLLM makes)."""
     router_sessions: bool = False
     """A client's session (header x-session-id, or the body's prompt_cache_key or user) keeps its worker, unless that has a
     quarter more streams than its share; before the mode is asked."""

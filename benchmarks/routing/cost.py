@@ -176,7 +176,7 @@ def one_choice(tokens: int, block_size: int) -> dict[str, float]:
         _, booking = router.pick(workers, Ask(prompt, ""), True)
         booking.begin()
         booking.prefilled()
-        booking.hit(0)
+        booking.hit(0, tokens)
         booking.end()
 
     return {"names": chained, "names and choice": picked, "with the book and predictions": _per(whole, prompts)}

@@ -84,8 +84,12 @@ class Ask:
     prompt: bytes
     session: str
     adapter: str = ""
-    media: bool = False
     wishes: Wishes = field(default_factory=Wishes)
+
+    @property
+    def tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.prompt) // 4
 
 
 Policy = Callable[[list[Worker], Ask, float], tuple[int, KvBooking | None]]

@@ -101,6 +101,29 @@ def test_one_load_picture_for_all_frontends(fleet: Deployment) -> None:
     until(lambda: _streams(fleet) == 0, 10)
 
 
+def test_a_conversation_about_a_picture_stays_where_it_was(fleet: Deployment) -> None:
+    """Though only workers know the prompt's tokens; the other frontend finds it too, and other pictures go elsewhere."""
+
+    def ask_about(picture: str, frontend: int, turns: int) -> tuple[int, str]:
+        shown = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture * 40}"}}
+        said = [{"role": "user", "content": [shown, {"type": "text", "text": "what is it"}]}]
+        said += [{"role": "user", "content": f"and {turn} and so on and on"} for turn in range(turns)]
+        before = served(fleet)
+        body = {"model": "tiny", "messages": said, "max_tokens": 2}
+        answer = fleet.http.post(f"{fleet.endpoint.urls[frontend]}/chat/completions", json=body)
+        (worker,) = served(fleet) - before
+        return cached(answer), worker
+
+    hits, first = ask_about("picture", 0, 1)
+    assert hits == 0
+    for turns in range(2, 6):
+        hits, worker = ask_about("picture", 0, turns)
+        assert (hits > 0, worker) == (True, first)
+    until(lambda: ask_about("picture", 1, 6)[1] == first, 10)  # the frontends' books travel by NATS
+    assert ask_about("picture", 1, 7)[0] > 0
+    assert len({ask_about(f"other {number}", 0, 1)[1] for number in range(6)}) > 1
+
+
 def _streams(running: Deployment) -> float:
     return sum(running.metric(f"aggregated-{number}", "baton_worker_streams") for number in range(4))
 

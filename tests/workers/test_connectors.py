@@ -216,3 +216,21 @@ def test_all_nodes_of_an_engine_have_one_engine_id_in_each_life() -> None:
     assert first == with_engine_id(NIXL, "1/decode-0")
     assert first["engine_id"] != with_engine_id(NIXL, "2/decode-0")["engine_id"]
     assert with_engine_id(NIXL | {"engine_id": "mine"}, "1")["engine_id"] == "mine"
+
+
+def test_an_offloading_connector_tells_what_it_has_where_routing_wants_to_know() -> None:
+    """Alone and beside another; a recipe's own word stays, and without KV events nothing is added."""
+    extra = "kv_connector_extra_config"
+
+    def told(connector: object, events: bool = True) -> dict[str, Any]:
+        config = kv_transfer_config(
+            recipe("tiny_disagg", ["nixl", connector], f"engine.kv_events={events}"), Kind.PREFILL
+        )
+        assert config
+        found: dict[str, Any] = config[extra]["connectors"][1]
+        return found
+
+    assert told(OFFLOAD)[extra] == {"self_describing_kv_events": True, "cpu_bytes_to_use": 1000}
+    assert told(OFFLOAD, events=False) == OFFLOAD
+    own = OFFLOAD | {extra: {"cpu_bytes_to_use": 1000, "self_describing_kv_events": False}}
+    assert told(own) == own

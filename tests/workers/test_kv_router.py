@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -23,6 +25,7 @@ from workers.frontend.local import LocalPrefill, Reason
 from workers.frontend.predictions import Predictions
 from workers.frontend.router import Router, mode, session_choice
 from workers.frontend.shares import Shares
+from workers.frontend.sources import guess, sketch
 from workers.frontend.wishes import Wishes, wishes
 from workers.runtime.blocks import chain, root
 from workers.runtime.kv_events import Tier
@@ -54,8 +57,13 @@ class Ask:
 
     prompt: bytes
     adapter: str = ""
-    media: bool = False
     wishes: Wishes = field(default_factory=Wishes)
+    guess: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.prompt) // 4 or self.guess
 
 
 class Fleet:
@@ -376,3 +384,55 @@ def test_random_is_even() -> None:
 def test_the_index_knows_no_more_than_it_was_told() -> None:
     """An empty index finds nobody."""
     assert BlockIndex().overlap([1, 2, 3]) == {}
+
+
+PICTURES = st.lists(st.sampled_from(["cat", "dog"]), max_size=2)
+TALKS = st.lists(st.tuples(st.text("ab ", max_size=12), PICTURES), min_size=1, max_size=3)
+
+
+def talk(turns: list[tuple[str, list[str]]]) -> dict[str, Any]:
+    """A conversation with pictures, as a client sends it."""
+    messages = []
+    for text, pictures in turns:
+        shown = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{name}"}} for name in pictures]
+        messages.append({"role": "user", "content": [*shown, {"type": "text", "text": text}]})
+    return {"messages": messages}
+
+
+@given(TALKS, TALKS)
+def test_sketches_are_equal_as_far_as_conversations_are(one: list[Any], other: list[Any]) -> None:
+    """A conversation that goes on keeps its beginning; another picture changes all from there on."""
+    first, whole = sketch(talk(one)), sketch(talk([*one, *other]))
+    assert whole.startswith(first)
+    assert abs(len(first) - 4 * guess(talk(one))) <= 60 * len(one)
+    changed = [(text, ["bird", *pictures]) for text, pictures in one]
+    assert sketch(talk(changed))[:64] != first[:64]
+
+
+def test_the_same_picture_goes_where_it_was_sent() -> None:
+    """With what was said before it; another one is spread by load, and one that was not cached there is no longer expected."""
+    fleet = Fleet("abcd")
+    names = itertools.count()
+
+    def send(text: str, picture: str, cached: float = 1.0) -> str:
+        body = talk([(text, [picture]), (f"question {next(names)}", [])])
+        wanted = Wishes(sketch=sketch(body))
+        asked = Ask(b"", wishes=wanted, guess=guess(body))
+        index, booking = Router(choose={}, kv=fleet.kv).pick(Kind.AGGREGATED, fleet.workers, asked, True)
+        assert booking
+        booking.begin()
+        booking.prefilled()
+        booking.end()
+        # The medium takes other than the guessed number of tokens.
+        booking.hit(round(200 * cached * booking.cached_tokens / asked.tokens), 200)
+        return fleet.workers[index].name
+
+    first = send("look", "cat", 0)
+    assert [send("look", "cat") for _ in range(5)] == [first] * 5
+    others = {send("look", f"picture {number}", 0) for number in range(8)}
+    assert others >= set("abcd") - {first}
+    assert send("look", "cat") == first
+    assert len(fleet.view.predictions) == 0
+    before = len(fleet.view.sketches)
+    send("look", "picture 3", 0)
+    assert len(fleet.view.sketches) < before

@@ -8,12 +8,16 @@ import os
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
 
 from slurm import ports
 from workers.engine.kv_ledger import Ledger
-from workers.engine.kv_source import EventSource
+from workers.engine.kv_source import EventSource, Translator
+from workers.runtime.blocks import chain, root
+from workers.runtime.kv_events import Tier
+from workers.runtime.wire import pack
 
 # Nightly for the ten seconds that the import of vLLM takes; torch warns while it is imported.
 pytestmark = [pytest.mark.nightly, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -117,3 +121,38 @@ async def test_what_nobody_remembers_is_given_up(base: int) -> None:
             await comes(lambda: ledger.blocks() == 1)
     finally:
         engine.close()
+
+
+def test_a_host_cache_that_fills_up_is_followed() -> None:
+    """vLLM's own manager of offloaded blocks, and its events: what it holds is what the ledger says, hashes being all it tells."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.events import OffloadingEventsTracker
+    from vllm.v1.kv_offload.base import OffloadingKVEventsConfig, ReqContext, make_offload_key
+    from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
+
+    manager = CPUOffloadingManager(num_chunks=3, enable_events=True)
+    tracker = OffloadingEventsTracker(OffloadingKVEventsConfig(True, False))
+    ledger = Ledger("a", 0, SIZE)
+    translator = Translator(ledger)
+    hashes = [bytes([number]) * 32 for number in range(1, 6)]
+    ids = list(range(SIZE * len(hashes)))
+    told = {"type": "BlockStored", "parent_block_hash": None, "token_ids": ids, "block_size": SIZE, "medium": "GPU"}
+    translator.apply(told | {"block_hashes": [maybe(block) for block in hashes]})
+    for number, block in enumerate(hashes):
+        request = ReqContext(req_id=str(number))
+        key = make_offload_key(block, 0)
+        assert manager.prepare_store([key], request) is not None
+        manager.complete_store([key], request)
+        for event in tracker.take_events(manager.take_events()):
+            translator.apply(msgspec.msgpack.decode(msgspec.msgpack.encode(event)))
+    names = chain(pack(ids), SIZE, root())
+    translator.cleared()
+
+    assert ledger.blocks(Tier.HOST) == 3
+    assert [ledger.holds(name) for name in names] == [False, False, True, True, True]
+
+
+def maybe(block: bytes) -> Any:
+    """A block's hash as vLLM tells it."""
+    from vllm.v1.core.kv_cache_utils import BlockHash, maybe_convert_block_hash
+
+    return maybe_convert_block_hash(BlockHash(block))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import pytest
@@ -309,6 +310,34 @@ def test_engine_blocks_get_the_names_that_frontends_give_them() -> None:
     assert not ledger.holds(names[2])
     translator.apply({"type": "AllBlocksCleared"})
     assert ledger.blocks() == 0
+
+
+def test_blocks_that_move_to_the_host_are_those_of_the_device() -> None:
+    """An offloading connector may tell of hashes alone; those of blocks that nobody told of before are passed over."""
+    ledger = Ledger("a", 0, SIZE)
+    translator = Translator(ledger)
+    bare: dict[str, Any] = {
+        "type": "BlockStored",
+        "parent_block_hash": None,
+        "token_ids": [],
+        "block_size": 0,
+        "medium": "CPU",
+    }
+    translator.apply({**bare, "block_hashes": [71]})
+    assert (ledger.block_size, ledger.blocks(Tier.HOST)) == (SIZE, 0)
+    ids = list(range(8))
+    translator.apply(stored(ids, [71, 72], extra_keys=[["salt"], []]))
+    translator.apply({**bare, "block_hashes": [72]})
+    # As it tells of itself: whole, but for what is not a token.
+    translator.apply({**stored(ids, [71, 72]), "medium": "CPU"})
+    translator.apply({"type": "BlockRemoved", "block_hashes": [71, 72], "medium": "GPU", "group_idx": 0})
+    names = chain(pack(ids), SIZE, root("", "salt"))
+    assert (ledger.blocks(), ledger.blocks(Tier.HOST)) == (0, 2)
+    assert all(ledger.holds(name) for name in names)
+    for _ in range(2):
+        translator.apply({"type": "BlockRemoved", "block_hashes": [72], "medium": "CPU", "group_idx": 0})
+    translator.apply({"type": "BlockRemoved", "block_hashes": [71], "medium": "CPU", "group_idx": 0})
+    assert not any(ledger.holds(name) for name in names)
 
 
 def test_groups_that_keep_a_part_of_a_prefix_are_passed_over() -> None:

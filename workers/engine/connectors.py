@@ -18,6 +18,7 @@ from launch.recipe import Kind, Recipe
 from workers.engine.vllm_names import CONNECTORS, VERSION
 
 MULTI = "MultiConnector"
+OFFLOADING = "OffloadingConnector"
 ROLES = ("kv_producer", "kv_consumer", "kv_both")
 ROLE_OF = {Kind.PREFILL: "kv_producer", Kind.DECODE: "kv_consumer"}
 # What a decode engine can pull with the parameters that a prefill worker returns.
@@ -167,7 +168,7 @@ def children_of(config: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]
 
 def _child(recipe: Recipe, kind: Kind, entry: str | Mapping[str, Any]) -> dict[str, Any] | None:
     if not isinstance(entry, str):
-        return dict(entry)
+        return _telling(entry) if recipe.publishes_kv_events else dict(entry)
     known = KNOWN[entry]
     config: dict[str, Any] = {"kv_connector": known.name, "kv_role": "kv_both"}
     if known.module:
@@ -184,6 +185,16 @@ def _child(recipe: Recipe, kind: Kind, entry: str | Mapping[str, Any]) -> dict[s
             },
         }
     return config
+
+
+def _telling(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The same where an offloading connector says in KV events what it has; by itself it names its chunks only."""
+    extra: Mapping[str, Any] = entry.get("kv_connector_extra_config") or {}
+    if entry.get("kv_connector") == MULTI:
+        extra = {**extra, "connectors": [_telling(child) for child in extra.get("connectors") or ()]}
+    elif entry.get("kv_connector") == OFFLOADING:
+        extra = {"self_describing_kv_events": True, **extra}
+    return {**entry, "kv_connector_extra_config": extra} if extra else dict(entry)
 
 
 def _check_verbatim(entry: Mapping[str, Any]) -> None:

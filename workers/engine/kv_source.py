@@ -63,14 +63,22 @@ class Translator:
         if event.get("kv_cache_spec_kind") not in WHOLE_PREFIX:
             self._passed_over.add(group or 0)
             return
+        handles: list[Handle] = event["block_hashes"]
+        # What moves between tiers was told of before, and of an offloading connector's blocks vLLM may tell nothing but hashes
+        # (no tokens, a block size of 0), or leave out what is not a token (`extra_keys`).
+        known = [self._names[handle] for handle in handles if handle in self._names]
+        if _tier(event) is not Tier.DEVICE and len(known) == len(handles) and (group or 0) not in self._passed_over:
+            self._ledger.stored(known, _tier(event))
+            return
         size: int = event["block_size"]
+        if not size:
+            return
         if size != self._ledger.block_size:
             if self._told_size:  # blocks of two sizes: those of the first are what a prompt is cut into
                 return
             log.info("the engine's KV events have blocks of %d tokens", size)
             self._ledger.block_size = size
         self._told_size = True
-        handles: list[Handle] = event["block_hashes"]
         names = self._name(event, size)
         if len(names) != len(handles):
             return

@@ -426,7 +426,7 @@ def router_of(recipe: Recipe, plane: KvPlane) -> Router:
     kv = None
     if recipe.router is RouterMode.KV:
         events = recipe.publishes_kv_events
-        view = KvView(plane.ask, events, PREDICTED_S if events else asked.router_ttl_s)
+        view = KvView(plane.ask, events, PREDICTED_S if events else asked.router_ttl_s, asked.router_ttl_s)
         weights = Weights(
             overlap=asked.router_overlap_weight,
             load=asked.router_load_weight,

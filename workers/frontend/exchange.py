@@ -458,7 +458,7 @@ async def _whole(pool: Pool, kind: Kind, question: Question, relay: Relay, avoid
     last = await _run(target, relay, build, wire.End, tokens=target.tokens(question))
     last.cached_tokens = min(last.cached_tokens, last.prompt_tokens)  # ids of an earlier attempt may be cached too
     if target.booking:
-        target.booking.hit(last.cached_tokens)
+        target.booking.hit(last.cached_tokens, last.prompt_tokens)
     return last
 
 
@@ -492,7 +492,7 @@ async def _prefill(pool: Pool, question: Question, relay: Relay, avoid: set[str]
     tokens = target.tokens(question)
     done = await _run(target, own, build, wire.Prefilled, tokens=tokens, unwanted=unwanted)
     if target.booking:
-        target.booking.hit(done.cached_tokens)
+        target.booking.hit(done.cached_tokens, len(done.prompt) // 4 or question.tokens)
     return target.link, done
 
 

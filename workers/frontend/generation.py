@@ -60,6 +60,7 @@ class Generation:
     ) -> None:
         self._sources = made_of or [b""] * len(prompts)
         self._guess = sources.guess(fields) if any(self._sources) else 0
+        self._sketch = sources.sketch(fields) if self._guess else b""
         self._media = bool(self._guess) and shape is not Shape.COMPLETION and sources.has_media(fields["messages"])
         self.shape = shape
         self.ask: Common = ask
@@ -119,6 +120,7 @@ class Generation:
         found = []
         for number, prompt in enumerate(self.prompts):
             wanted = wishes(request.headers, self._fields)
+            wanted.sketch = self._sketch
             for choice in range(self.choices):
                 index = number * self.choices + choice
                 render = Render(

@@ -35,11 +35,13 @@ TICK_S = 0.25
 
 
 class Told(msgspec.Struct, array_like=True):
-    """A frontend's book: (instance, rank, requests, blocks, tokens) of each worker with load; (instance, rank, names) sent."""
+    """A frontend's book: (instance, rank, requests, blocks, tokens) of each worker with load; (instance, rank, names, whether they
+    are those of a sketch) sent.
+    """
 
     frontend: str
     loads: list[tuple[str, int, int, int, int]]
-    sent: list[tuple[str, int, bytes]]
+    sent: list[tuple[str, int, bytes, bool]]
 
 
 class KvPlane:
@@ -53,16 +55,16 @@ class KvPlane:
         self._alone = alone
         self._life = f"{name}/{secrets.token_hex(4)}"
         self._asks: list[tuple[str, Ask]] = []
-        self._sent: list[tuple[str, int, bytes]] = []
+        self._sent: list[tuple[str, int, bytes, bool]] = []
 
     def ask(self, member: str, ask: Ask) -> None:
         """Ask a member for a picture, soon."""
         self._asks.append((member, ask))
 
-    def routed(self, key: Key, names: Sequence[int]) -> None:
+    def routed(self, key: Key, names: Sequence[int], sketched: bool) -> None:
         """A prompt with these blocks was sent there."""
         if not self._alone and names and len(self._sent) < MAX_SENT:
-            self._sent.append((*key, pack_names(names)))
+            self._sent.append((*key, pack_names(names), sketched))
 
     async def keep(self, view: KvView, book: Book, cards: Callable[[], Iterable[Card]]) -> None:
         """Follow, and tell; for ever. `cards` are the workers that there are."""
@@ -121,8 +123,8 @@ class KvPlane:
         if told.frontend == self._life:
             return
         book.told(told.frontend, (((instance, rank), Load(*load)) for instance, rank, *load in told.loads))
-        for instance, rank, names in told.sent:
-            view.expect((instance, rank), unpack_names(names))
+        for instance, rank, names, sketched in told.sent:
+            view.expect((instance, rank), unpack_names(names), sketched)
 
 
 async def _sweep(view: KvView) -> None:

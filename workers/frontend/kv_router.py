@@ -36,7 +36,7 @@ class Ask(Protocol):
 
     @property
     def prompt(self) -> bytes:
-        """Packed token ids."""
+        """Packed token ids; empty where a worker makes them."""
         ...
 
     @property
@@ -45,8 +45,8 @@ class Ask(Protocol):
         ...
 
     @property
-    def media(self) -> bool:
-        """Whether it has images or the like: its token ids then do not say what its blocks hold."""
+    def tokens(self) -> int:
+        """Length of the prompt, as far as is known."""
         ...
 
     @property
@@ -94,7 +94,7 @@ class Hits:
 class KvBooking(Booking):
     """A leg that was chosen by what workers cache; once it is sent, its prompt is expected to be cached there."""
 
-    __slots__ = ("_length", "_member", "_names", "_router", "_where", "cached_tokens")
+    __slots__ = ("_length", "_member", "_names", "_router", "_sketched", "_where", "cached_tokens")
 
     def __init__(
         self,
@@ -105,6 +105,7 @@ class KvBooking(Booking):
         length: int,
         names: Sequence[int],
         cached: int,
+        sketched: bool,
     ) -> None:
         key = chosen.key
         super().__init__(router.book, key, blocks, length - cached if computes else 0)
@@ -113,6 +114,7 @@ class KvBooking(Booking):
         self._router = router
         self._where = key
         self._names = names
+        self._sketched = sketched
         self.cached_tokens = cached
         """Prompt tokens that the worker is expected to have."""
 
@@ -120,17 +122,20 @@ class KvBooking(Booking):
         """The leg was sent."""
         super().begin()
         self._router.shares.note(self._where, self.tokens)
-        self._router.view.expect(self._where, self._names)
-        self._router.on_routed(self._where, self._names)
+        self._router.view.expect(self._where, self._names, self._sketched)
+        self._router.on_routed(self._where, self._names, self._sketched)
 
-    def hit(self, tokens: int) -> None:
-        """So many tokens of the prompt were cached."""
-        hits = self._router.hits
-        hits.predicted_tokens += self.cached_tokens
+    def hit(self, tokens: int, length: int) -> None:
+        """So many tokens of the prompt were cached; `length` is how many it has, of which there may have been a guess only."""
+        hits, guessed = self._router.hits, max(self._length, 1)
+        expected = self.cached_tokens * length // guessed
+        if self._sketched and 2 * tokens < expected:  # no events tell of it: it is no longer there
+            self._router.view.unexpect(self._where, self._names)
+        hits.predicted_tokens += expected
         hits.actual_tokens += tokens
         where = (self._member, self._where[1])
         hits.requests[where] += 1
-        hits.computed_tokens[where] += self._length - tokens
+        hits.computed_tokens[where] += length - tokens
 
 
 class KvRouter:
@@ -148,8 +153,8 @@ class KvRouter:
         self.book = book
         self.shares = Shares(clock)
         self.hits = Hits()
-        self.on_routed: Callable[[Key, Sequence[int]], None] = lambda key, names: None
-        """Told of each prompt that is sent, with the blocks that are new there."""
+        self.on_routed: Callable[[Key, Sequence[int], bool], None] = lambda key, names, sketched: None
+        """Told of each prompt that is sent, with the blocks that are new there, and whether they are those of a sketch."""
         self._weights = weights
         self._rng = rng or random.Random()
 
@@ -174,13 +179,13 @@ class KvRouter:
                 costs.append(cost + balance * (tokens - mean) / (size or 1) if tokens > mean else cost)
             index = choose(costs, given, self._weights.temperature, self._rng)
         key, size = keys[index], sizes[index] or 1
-        tokens = len(ask.prompt) // 4
+        tokens, sketched = ask.tokens, bool(ask.wishes.sketch)
         names = ask.wishes.names(ask.prompt, ask.adapter, size)
         found = overlaps.get(key, NONE)
         # The last token is computed in any case: a prompt that is cached whole is not all hit.
         cached = min(found.blocks * size, max(tokens - 1, 0) // size * size)
-        new = names[found.device :] if self.view.events else names
-        return index, KvBooking(self, candidates[index], -(-tokens // size), computes, tokens, new, cached)
+        new = names[found.device :] if self.view.events and not sketched else names
+        return index, KvBooking(self, candidates[index], -(-tokens // size), computes, tokens, new, cached, sketched)
 
     def cached_tokens(self, candidates: Sequence[KvCandidate], ask: Ask) -> int:
         """The most tokens of the prompt that one of these has."""
@@ -192,7 +197,7 @@ class KvRouter:
         """What every worker with blocks of one of these sizes has of a prompt; 0 stands for those that are unknown."""
         found: dict[Key, Overlap] = {}
         for size in sizes - {0}:  # blocks of one size are nobody's of another: their names differ
-            found |= self.view.overlaps(ask.wishes.names(ask.prompt, ask.adapter, size))
+            found |= self.view.overlaps(ask.wishes.names(ask.prompt, ask.adapter, size), bool(ask.wishes.sketch))
         return found
 
     def _cost(self, key: Key, size: int, overlap: Overlap, weight: float) -> float:

@@ -25,6 +25,7 @@ ASK_AGAIN_S = 1.0
 SILENT_S = 5.0
 # Longer than a prompt waits and is computed; events make it superfluous before.
 PREDICTED_S = 30.0
+SKETCHED_S = 120.0
 WAITING_CHANGES = 10_000
 Holders = tuple[int, ...]
 
@@ -78,17 +79,26 @@ class _Rank:
 class KvView:
     """What the workers cache, by instance and rank."""
 
-    def __init__(self, ask: Callable[[str, Ask], None], events: bool = True, ttl_s: float = PREDICTED_S) -> None:
+    def __init__(
+        self,
+        ask: Callable[[str, Ask], None],
+        events: bool = True,
+        ttl_s: float = PREDICTED_S,
+        sketch_ttl_s: float = SKETCHED_S,
+    ) -> None:
         """Make an empty view.
 
         Args:
             ask: Sends a request for a picture to a member.
             events: Whether workers tell what they cache; else it is predicted from what was sent to them.
             ttl_s: How long a prediction holds.
+            sketch_ttl_s: How long it is taken that a prompt that a worker has made stays cached there.
         """
         self.events = events
         self.indexes = tuple(BlockIndex() for _ in Tier)
         self.predictions = Predictions(ttl_s)
+        self.sketches = Predictions(sketch_ttl_s)
+        """Of prompts that workers make: the names of their blocks are not known here, so that no event confirms them."""
         self.counts = Counts()
         self._ask = ask
         self._ranks: dict[Key, _Rank] = {}
@@ -136,6 +146,7 @@ class KvView:
         """Ask again where no answer came; drop old predictions. To be called a few times a second."""
         now = time.monotonic()
         self.predictions.expire(now)
+        self.sketches.expire(now)
         if self.events:
             for key, rank in self._ranks.items():
                 if rank.asking and now - rank.asked > ASK_AGAIN_S:
@@ -148,12 +159,13 @@ class KvView:
                 rank.heard = time.monotonic()
         self._deaf = not connected
 
-    def overlaps(self, names: Sequence[int]) -> dict[Key, Overlap]:
+    def overlaps(self, names: Sequence[int], sketched: bool = False) -> dict[Key, Overlap]:
         """What of a prompt each rank has, or will have; ranks that have nothing are left out."""
-        device = self.indexes[Tier.DEVICE].overlap(names, self.predictions.table)
+        expected = self.sketches if sketched else self.predictions
+        device = self.indexes[Tier.DEVICE].overlap(names, expected.table)
         keys = self._keys
         found = {keys[holder]: Overlap(depth) for holder, depth in device.items() if holder in keys}
-        if not (self.indexes[Tier.HOST].blank and self.indexes[Tier.DISK].blank):
+        if not sketched and not (self.indexes[Tier.HOST].blank and self.indexes[Tier.DISK].blank):
             for key, rank in self._ranks.items():
                 near = found.get(key, NONE).device
                 host = self.indexes[Tier.HOST].run(rank.holders[Tier.HOST], names, near)
@@ -167,10 +179,20 @@ class KvView:
         rank = self._ranks.get(key)
         return rank.block_size if rank else 0
 
-    def expect(self, key: Key, names: Sequence[int]) -> None:
-        """A prompt with these blocks goes there."""
+    def unexpect(self, key: Key, names: Sequence[int]) -> None:
+        """A prompt with this sketch was not cached there."""
         rank = self._ranks.get(key)
         if rank is not None:
+            self.sketches.met(rank.holders[0], names)
+
+    def expect(self, key: Key, names: Sequence[int], sketched: bool = False) -> None:
+        """A prompt with these blocks goes there."""
+        rank = self._ranks.get(key)
+        if rank is None:
+            return
+        if sketched:
+            self.sketches.expect(rank.holders[0], names, time.monotonic(), rank.capacity)
+        else:
             self.predictions.expect(rank.holders[0], names, time.monotonic(), 0 if self.events else rank.capacity)
 
     @property
@@ -240,6 +262,7 @@ class KvView:
             fresh = index.join()
             if tier == Tier.DEVICE:
                 self.predictions.forget(holders[tier])
+                self.sketches.forget(holders[tier])
                 del self._keys[holders[tier]]
                 self._keys[fresh] = key
             holders[tier] = fresh
@@ -289,4 +312,5 @@ class KvView:
         for index, holder in zip(self.indexes, holders, strict=True):
             index.leave(holder)
         self.predictions.forget(holders[0])
+        self.sketches.forget(holders[0])
         self._keys.pop(holders[0], None)

@@ -157,6 +157,6 @@ class Router:
         elif self.sessions and ask.wishes.session:
             names = [f"{item.member}/{item.key[1]}" for item in candidates]
             index = session_choice(ask.wishes.session, names, [item.in_flight for item in candidates])
-        if self.kv is not None and ask.prompt and not ask.media:
+        if self.kv is not None and kind is not Kind.ENCODE and (ask.prompt or ask.wishes.sketch):
             return self.kv.pick(candidates, ask, computes, index)
         return (self.choose[kind](candidates) if index is None else index), None

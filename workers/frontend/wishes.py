@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from workers.runtime.blocks import chain, media_extras, root
+from workers.runtime.blocks import chain, root
 
 WORKER_HEADER = "x-baton-worker"
 SESSION_HEADER = "x-session-id"
+SKETCHED = "\0sketch\0"  # so that no text is taken for the token ids that its bytes would be
 
 
 class Wishes:
@@ -18,30 +19,30 @@ class Wishes:
         session: What the client calls its session, or empty.
         members: Workers that it names, one for each kind at most.
         salt: Keeps its blocks apart from those of others (vLLM's `cache_salt`).
-        media: For each image (or the like) in the prompt its identifier and the first and number of its placeholder tokens.
+        sketch: Stands for the token ids of a prompt that a worker makes (`workers.frontend.sources.sketch`), or is empty.
     """
 
-    __slots__ = ("_names", "media", "members", "salt", "session")
+    __slots__ = ("_names", "members", "salt", "session", "sketch")
 
     def __init__(
         self,
         session: str = "",
         members: tuple[str, ...] = (),
         salt: str = "",
-        media: Sequence[tuple[str, int, int]] = (),
+        sketch: bytes = b"",
     ) -> None:
         self.session = session
         self.members = members
         self.salt = salt
-        self.media = media
-        self._names: dict[tuple[int, int], list[int]] = {}
+        self.sketch = sketch
+        self._names: dict[int, list[int]] = {}
 
     def names(self, prompt: bytes, adapter: str, block_size: int) -> list[int]:
-        """Names of the prompt's full blocks, computed once for a size."""
-        names = self._names.get((block_size, len(prompt)))  # a prompt that a worker makes comes later
+        """Names of the prompt's full blocks, or of its sketch's where there is one, computed once for a size."""
+        names = self._names.get(block_size)
         if names is None:
-            extras = media_extras(block_size, self.media) if self.media else {}
-            names = self._names[block_size, len(prompt)] = chain(prompt, block_size, root(adapter, self.salt), extras)
+            begin = root(adapter, f"{SKETCHED}{self.salt}" if self.sketch else self.salt)
+            names = self._names[block_size] = chain(self.sketch or prompt, block_size, begin)
         return names
 
 
