@@ -2,6 +2,8 @@
 
     python -m benchmarks.frontend PEERS [--only paced full ...] [--rounds 3] [--router least_loaded]
 
+With `--router kv` our echo engines publish KV events of every prompt and answer, and our frontend routes by them.
+
 PEERS is the folder of `peers.sh`, which is called for what is missing there. In each comparison all servers run, and get the
 same load one after the other, round after round; figures are medians over the rounds, and verdicts are on ratios of these.
 CPU time is that of whole processes, their threads and what the kernel does for them included.
@@ -35,6 +37,8 @@ from launch.tiny_model import make_tiny_model
 PACE_S = 0.02
 DYNAMO_PACE = 0.5  # its mocker takes about 10 ms for a step at a speed-up of 1
 UNPACED = 1000.0
+# With --router kv: blocks of 32 tokens, so that some prompts of a long run are found again and many have to go.
+KV_BLOCKS = 20_000
 PATH_STREAMS = 128  # at once, so that a step has many tokens and what a server does without any hardly counts
 KV_BYTES = 512 << 20
 # What the recipe tiny_agg gives to vLLM, and the sizes of `path`, as flags.
@@ -66,7 +70,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_tiny_model(folder / "tiny")
-        context = Context(folder, given.peers.absolute(), given.rounds, (f"frontend.router={given.router}",))
+        told = (f"frontend.router={given.router}", *(f"engine.echo_cache_blocks={KV_BLOCKS}",) * (given.router == "kv"))
+        context = Context(folder, given.peers.absolute(), given.rounds, told)
         for name in given.only:
             print(f"\n{name}: {(COMPARISONS[name].__doc__ or '').splitlines()[0]}", flush=True)
             COMPARISONS[name](context)

@@ -347,6 +347,9 @@ class LegLostError(Exception):
 class Relay:
     """The sink of an answering leg: passes bytes on, keeps the ids (for a continuation elsewhere), and ends a future."""
 
+    # Every token comes by here, and finds what it touches no longer in the caches: the less memory that is, the better.
+    __slots__ = ("_write", "ids", "last", "on_begun", "written")
+
     def __init__(self, write: Callable[[bytes], None]) -> None:
         self.ids = bytearray()
         self.written = False

@@ -298,6 +298,8 @@ def _counted(metrics: Metrics, generation: Generation, ends: list[Answered]) -> 
 class Streamed:
     """The bytes of a stream: its head is sent with the first of them, so that an early error keeps its own status."""
 
+    __slots__ = ("_asked", "_header", "_metrics", "_reply", "begun")
+
     def __init__(self, reply: Reply, header: bytes, metrics: Metrics) -> None:
         self.begun = False
         self._reply = reply
