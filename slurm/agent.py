@@ -494,7 +494,7 @@ class Agent:
         told = fabric.environment(self._examination.snapshot, self._recipe.cluster, self._record.address, mine)
         told = fabric.unless_told(told, os.environ)
         invocation = commands.engine(
-            self._recipe, member, self._run.path, place, self._devices(), told, self._staging.path
+            self._recipe.of(member.model), member, self._run.path, place, self._devices(), told, self._staging.path
         )
         together = None
         if member.nodes > 1:
