@@ -64,6 +64,21 @@ class ModelConf:
 
 
 @dataclass
+class ServedConf:
+    """One of several models; docs/models.md."""
+
+    model: ModelConf = field(default_factory=ModelConf)
+    """Its weights; the name that clients send is by default the key that it has here."""
+    roles: RolesConf = field(default_factory=RolesConf)
+    """Its engines."""
+    engine: dict[str, Any] = field(default_factory=dict)
+    """Keys of engine in which it differs from the other models (args and env are laid over those there); all but device,
+    ready_timeout_s and drain_s, which are the deployment's."""
+    frontend: dict[str, Any] = field(default_factory=dict)
+    """Keys of frontend in which it differs: router*, local_prefill*, busy_*, queue_*, *_per_minute."""
+
+
+@dataclass
 class EngineConf:
     backend: str = "vllm"
     """vllm, or echo: an engine that says the prompt again, for tests and benchmarks of everything around it."""
@@ -397,6 +412,9 @@ class Config:
     """Name of the deployment; its files are in <runs_dir>/<name>."""
     model: ModelConf = field(default_factory=ModelConf)
     roles: RolesConf = field(default_factory=RolesConf)
+    models: dict[str, ServedConf] = field(default_factory=dict)
+    """Several models in one deployment, each with engines of its own, in the place of model and roles: by a short key, which
+    their engines' names begin with."""
     engine: EngineConf = field(default_factory=EngineConf)
     control: ControlConf = field(default_factory=ControlConf)
     frontend: FrontendConf = field(default_factory=FrontendConf)

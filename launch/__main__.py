@@ -232,25 +232,27 @@ def _raise_ended(run: RunDirectory, view: View, how: str) -> None:
 def _check_packages(asked: Launch) -> None:
     """Refuse missing packages at once where the engines run in this environment; on a cluster the members do."""
     elsewhere = asked.launcher in (Launcher.SLURM, Launcher.ALLOCATION)
-    if elsewhere or asked.recipe.engine.backend is not Backend.VLLM:
+    if elsewhere:
         return
-    for role in asked.recipe.roles:
-        require_packages(kv_transfer_config(asked.recipe, role.kind))
-        if role.executor is Executor.RAY:
-            require_ray()
+    for recipe in asked.recipe.each:
+        for role in recipe.roles if recipe.engine.backend is Backend.VLLM else ():
+            require_packages(kv_transfer_config(recipe, role.kind))
+            if role.executor is Executor.RAY:
+                require_ray()
 
 
 def _check_model(asked: Launch) -> None:
-    model = asked.recipe.model
-    if model.tiny:
-        from launch.tiny_model import make_tiny_model
+    for served in asked.recipe.models:
+        model, where = served.model, f"models.{served.key}.model.path" if served.key else "model.path"
+        if model.tiny:
+            from launch.tiny_model import make_tiny_model
 
-        make_tiny_model(Path(model.path), kind=model.tiny)
-    elif not (Path(model.path) / "config.json").is_file():
-        raise ConfigError(
-            f"model.path={model.path} is not a folder with a config.json: download the model there, "
-            "or say where it is with model.path=<folder>"
-        )
+            make_tiny_model(Path(model.path), kind=model.tiny)
+        elif not (Path(model.path) / "config.json").is_file():
+            raise ConfigError(
+                f"{where}={model.path} is not a folder with a config.json: download the model there, "
+                f"or say where it is with {where}=<folder>"
+            )
 
 
 @contextlib.contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -21,6 +22,8 @@ from conf import schema
 from launch.chain import Length, parsed
 from launch.errors import ConfigError, closest
 from launch.recipe import (
+    PER_MODEL_FRONTEND,
+    SHARED_ENGINE,
     Backend,
     Batch,
     Cluster,
@@ -47,6 +50,7 @@ from launch.recipe import (
     Role,
     RouterMode,
     Security,
+    ServedModel,
     Stage,
     Standby,
     Tiny,
@@ -61,10 +65,11 @@ from workers.engine.checks import check_engines
 from workers.engine.model import read_shape
 
 E = TypeVar("E", bound=StrEnum)
+C = TypeVar("C", schema.EngineConf, schema.FrontendConf)
 GROUPS = ("recipe", "cluster")
 TINY = {"tiny:": Tiny.TEXT, "tiny-vision:": Tiny.VISION}
 HUGGING_FACE = "hf:"
-FREE_FORM = re.compile(r"\.(args|env|sbatch)\.")
+FREE_FORM = re.compile(r"\.(args|env|sbatch)\.|^models\.[^.]+\.(engine|frontend)\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +93,8 @@ def read(overrides: Sequence[str]) -> Launch:
     """
     try:
         config = _compose([_spelled_out(text) for text in overrides])
+        if config.models and OmegaConf.is_missing(config.model, "path"):
+            config.model.path = ""  # OmegaConf refuses it otherwise, although each model says its own
         written = OmegaConf.to_object(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from error
@@ -120,44 +127,15 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
     if not NAME.fullmatch(written.name):
         raise ConfigError(f"name={written.name!r} cannot name a folder: use letters, digits, '_', '-' and '.'")
     _refuse_missing(written)
-    prefix = next((prefix for prefix in TINY if written.model.path.startswith(prefix)), "")
-    cached = written.model.path.startswith(HUGGING_FACE)
-    path = (
-        snapshot(written.model.path)
-        if cached
-        else Path(written.model.path.removeprefix(prefix)).expanduser().absolute()
-    )
-    name = written.model.path.removeprefix(HUGGING_FACE).partition("@")[0] if cached else path.name
+    models = _models(written)
     recipe = Recipe(
         name=written.name,
-        model=Model(path=str(path), name=written.model.name or name, tiny=TINY.get(prefix)),
-        roles=tuple(
-            Role(kind=kind, **_fields(role, executor=word(Executor, f"roles.{kind}.executor", role.executor)))
-            for kind in Kind
-            if (role := getattr(written.roles, kind.value)).replicas != 0
-        ),
-        engine=Engine(
-            **_fields(
-                written.engine,
-                backend=word(Backend, "engine.backend", written.engine.backend),
-                lora_dirs=tuple(written.engine.lora_dirs),
-                connector=_connector(written.engine.connector),
-                tokenize=word(Tokenize, "engine.tokenize", written.engine.tokenize),
-                kv_load_failure=word(LoadFailure, "engine.kv_load_failure", written.engine.kv_load_failure),
-            )
-        ),
+        models=models,
+        engine=_engine(written.engine) if written.models else models[0].engine,
+        frontend=_frontend(written.frontend) if written.models else models[0].frontend,
         control=Control(
             # Hydra reads true and false as such, and OmegaConf writes them back with a capital.
             **_fields(written.control, standby=word(Standby, "control.standby", written.control.standby.lower()))
-        ),
-        frontend=Frontend(
-            **_fields(
-                written.frontend,
-                router=word(RouterMode, "frontend.router", written.frontend.router)
-                if written.frontend.router
-                else None,
-                local_prefill=word(LocalPrefillMode, "frontend.local_prefill", written.frontend.local_prefill),
-            )
         ),
         failover=Failover(**_fields(written.failover)),
         security=Security(**_fields(written.security)),
@@ -186,7 +164,9 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
             transport=word(Transport, "weights.transport", written.weights.transport),
         ),
     )
-    check_engines(recipe, read_shape(path))
+    for one in recipe.each:
+        with _within(one.model.key):
+            check_engines(one, read_shape(Path(one.model.path)))
     return Launch(
         recipe=recipe,
         launcher=word(Launcher, "launcher", written.launcher) if written.launcher else recipe.cluster.launcher,
@@ -196,6 +176,124 @@ def _convert(written: schema.Config, overrides: tuple[str, ...]) -> Launch:
         overrides=overrides,
         chain=parsed(written.chain),
     )
+
+
+def _models(written: schema.Config) -> tuple[ServedModel, ...]:
+    """The models as each of them would be served alone.
+
+    Raises:
+        ConfigError: One cannot be, or is given twice: below `models`, and above.
+    """
+    if not written.models:
+        roles = _roles(written.roles, "")
+        return (_served(written.model, "", roles, _engine(written.engine), _frontend(written.frontend)),)
+    if written.model.path or _roles(written.roles, ""):
+        raise ConfigError(
+            f"the recipe serves the models {', '.join(written.models)}: model and roles are those of a recipe of one model; "
+            "write models.<key>.model and models.<key>.roles"
+        )
+    found = []
+    for key, one in written.models.items():
+        where = f"models.{key}"
+        engine = _laid_over(written.engine, one.engine, f"{where}.engine", SHARED_ENGINE, None)
+        frontend = _laid_over(written.frontend, one.frontend, f"{where}.frontend", (), PER_MODEL_FRONTEND)
+        roles = _roles(one.roles, key)
+        with _within(key):
+            parts = _engine(engine), _frontend(frontend)
+        found.append(_served(one.model, key, roles, *parts))
+    return tuple(found)
+
+
+def _served(
+    written: schema.ModelConf, key: str, roles: tuple[Role, ...], engine: Engine, frontend: Frontend
+) -> ServedModel:
+    return ServedModel(model=_model(written, key), roles=roles, engine=engine, frontend=frontend)
+
+
+def _model(written: schema.ModelConf, key: str) -> Model:
+    """Where the weights are, and what clients call them."""
+    prefix = next((prefix for prefix in TINY if written.path.startswith(prefix)), "")
+    cached = written.path.startswith(HUGGING_FACE)
+    path = snapshot(written.path) if cached else Path(written.path.removeprefix(prefix)).expanduser().absolute()
+    name = written.path.removeprefix(HUGGING_FACE).partition("@")[0] if cached else path.name
+    return Model(path=str(path), name=written.name or key or name, tiny=TINY.get(prefix), key=key)
+
+
+def _roles(written: schema.RolesConf, key: str) -> tuple[Role, ...]:
+    where = f"models.{key}.roles" if key else "roles"
+    return tuple(
+        Role(kind=kind, model=key, **_fields(role, executor=word(Executor, f"{where}.{kind}.executor", role.executor)))
+        for kind in Kind
+        if (role := getattr(written, kind.value)).replicas != 0
+    )
+
+
+def _engine(written: schema.EngineConf) -> Engine:
+    return Engine(
+        **_fields(
+            written,
+            backend=word(Backend, "engine.backend", written.backend),
+            lora_dirs=tuple(written.lora_dirs),
+            connector=_connector(written.connector),
+            tokenize=word(Tokenize, "engine.tokenize", written.tokenize),
+            kv_load_failure=word(LoadFailure, "engine.kv_load_failure", written.kv_load_failure),
+        )
+    )
+
+
+def _frontend(written: schema.FrontendConf) -> Frontend:
+    return Frontend(
+        **_fields(
+            written,
+            router=word(RouterMode, "frontend.router", written.router) if written.router else None,
+            local_prefill=word(LocalPrefillMode, "frontend.local_prefill", written.local_prefill),
+        )
+    )
+
+
+def _laid_over(
+    common: C, own: Mapping[str, Any], where: str, shared: Collection[str], allowed: Collection[str] | None
+) -> C:
+    """What all models share with what one has for itself: mappings are merged, all else is replaced.
+
+    Args:
+        common: The section of the whole deployment.
+        own: Some of its keys, with the model's values.
+        where: The model's section, for messages.
+        shared: Keys that no model may have for itself.
+        allowed: Those that it may; None for all others.
+
+    Raises:
+        ConfigError: A key is none, or not a model's, or its value has another type.
+    """
+    names = [item.name for item in fields(common)]
+    for name in own:
+        if name not in names:
+            raise ConfigError(
+                f"unknown key {f'{where}.{name}'!r}{closest(name, names) or ';'} there are {', '.join(names)}"
+            )
+        if name in shared or (allowed is not None and name not in allowed):
+            raise ConfigError(
+                f"{where}.{name}: all models share {name}: write {where.rpartition('.')[2]}.{name}, outside of models"
+            )
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(common), dict(own))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+    laid = OmegaConf.to_object(merged)
+    assert isinstance(laid, type(common))
+    return laid
+
+
+@contextlib.contextmanager
+def _within(key: str) -> Iterator[None]:
+    """Errors of a model of several say whose they are."""
+    try:
+        yield
+    except ConfigError as error:
+        if not key:
+            raise
+        raise ConfigError(f"models.{key}: {error}") from error
 
 
 def snapshot(written: str) -> Path:
@@ -324,6 +422,12 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         unknown = unknown_key(key)
         if unknown:
             return unknown
+    below = re.search(r"Key '([^']+)' is not in struct\s+full_key: models\.\1\b", text)
+    if below:
+        return (
+            f"the recipe has no model {below.group(1)!r} below models: write it into a recipe file; its keys can be changed "
+            "from here then"
+        )
     named = re.search(r"Key '([^']+)' (?:is )?not in", text)
     full = re.search(r"full_key: (\S+)", text)
     if named and full:
@@ -336,6 +440,9 @@ def unknown_key(key: str) -> str | None:
     node: Any = schema.Config
     path: list[str] = []
     for part in key.split("."):
+        if node is schema.ServedConf and path[-1] == "models":
+            path.append(part)  # a key that the user chose
+            continue
         if not is_dataclass(node):
             return None
         names = {item.name: item.type for item in fields(node)}
@@ -349,4 +456,4 @@ def unknown_key(key: str) -> str | None:
 
 
 def _dataclass_of(annotation: str) -> Any:
-    return getattr(schema, annotation.split(" |")[0], None)
+    return getattr(schema, annotation.removeprefix("dict[str, ").split(" |")[0].rstrip("]"), None)

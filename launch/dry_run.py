@@ -33,8 +33,9 @@ def describe(asked: Launch, plan: Plan, run_dir: Path) -> str:
         text = script(asked.recipe, plan, submission)
         parts.append(f"# batch script\n{text}")
     parts.append(_members(asked, plan, run_dir))
-    if not asked.recipe.model.tiny and not (Path(asked.recipe.model.path) / "config.json").is_file():
-        parts.append(f"# warning: {asked.recipe.model.path} is not there yet\n")
+    for served in asked.recipe.models:
+        if not served.model.tiny and not (Path(served.model.path) / "config.json").is_file():
+            parts.append(f"# warning: {served.model.path} is not there yet\n")
     go = [word for word in asked.overrides if word.partition("=")[0] != "dry_run"]
     parts.append(f"# to go on\n{shlex.join(['python', '-m', 'launch', *go])}")
     return "\n".join(parts)
@@ -84,11 +85,12 @@ def _members(asked: Launch, plan: Plan, run_dir: Path) -> str:
     for name in plan.frontends:
         lines += [f"# {name} on rank 0", shlex.join(commands.frontend(name, run_dir).argv), ""]
     for member in plan.members:
-        invocation = commands.engine(asked.recipe, member, run_dir, places[member.rank])
+        recipe = asked.recipe.of(member.model)
+        invocation = commands.engine(recipe, member, run_dir, places[member.rank])
         lines.append(f"# {member.name} on rank {member.rank}")
         lines += [f"{name}={value}" for name, value in invocation.env.items()]
         lines.append(shlex.join(invocation.argv))
-        if asked.recipe.engine.backend is Backend.VLLM:
-            arguments = engine_arguments(asked.recipe, plan, member, places)
+        if recipe.engine.backend is Backend.VLLM:
+            arguments = engine_arguments(recipe, plan, member, places)
             lines += ["# vLLM engine arguments", msgspec.yaml.encode(arguments).decode()]
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from typing import TypeVar
 import msgspec
 
 from launch.plan import Extension, Plan, extend, plan
-from launch.recipe import Kind, Recipe
+from launch.recipe import Recipe
 from launch.records import RunDirectory, read_bytes, write
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ def add(
     run: RunDirectory,
     recipe: Recipe,
     attempt: int,
-    wanted: Mapping[Kind, int],
+    wanted: Mapping[str, int],
     by: str,
     in_place_of: Iterable[str] = (),
 ) -> Joining:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from launch.errors import PlanError
-from launch.recipe import Cluster, Executor, Kind, Recipe, Role
+from launch.recipe import Cluster, Executor, Kind, Recipe, Role, group_name
 
 # One table of port offsets for a rank's block; offset 0 guards the block (slurm.ports).
 PORT_BLOCK = 256
@@ -95,7 +95,7 @@ class MemberPorts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """The process of one engine on one node.
+    """The process of one engine on one node; `model` is the key of the model that it serves (`Role.model`).
 
     Node 0 of an engine is its leader: it serves for all of them. `by_data` engines spread their data-parallel ranks over
     the nodes: there each member serves the ranks from `dp_first` on, and all are leaders.
@@ -111,11 +111,17 @@ class Member:
     ports: MemberPorts
     by_data: bool = False
     dp_first: int = 0
+    model: str = ""
 
     @property
     def name(self) -> str:
-        """`decode-0`, or `decode-0.1` for the second node of an engine that spans several."""
+        """`decode-0`, or `decode-0.1` for the second node of an engine that spans several; `chat-decode-0` of the model `chat`."""
         return self.engine if self.nodes == 1 else f"{self.engine}.{self.node}"
+
+    @property
+    def group(self) -> str:
+        """The role of its model that it belongs to (`Role.group`)."""
+        return group_name(self.model, self.kind)
 
     @property
     def leader(self) -> bool:
@@ -130,11 +136,17 @@ class Part:
     kind: Kind
     first_replica: int
     replicas: int
+    model: str = ""
+
+    @property
+    def group(self) -> str:
+        """The role of its model (`Role.group`)."""
+        return group_name(self.model, self.kind)
 
     @property
     def engines(self) -> tuple[str, ...]:
         """Their names."""
-        return tuple(f"{self.kind}-{self.first_replica + index}" for index in range(self.replicas))
+        return tuple(f"{self.group}-{self.first_replica + index}" for index in range(self.replicas))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,9 +208,10 @@ class Plan:
         """All members of an engine, in the order of its nodes."""
         return tuple(m for m in self.members if m.engine == engine)
 
-    def engines(self, kind: Kind) -> tuple[str, ...]:
-        """The engines of a role, the oldest first."""
-        return tuple(dict.fromkeys(m.engine for m in sorted(self.members, key=lambda m: m.replica) if m.kind is kind))
+    def engines(self, group: str) -> tuple[str, ...]:
+        """The engines of a role (`Role.group`), the oldest first."""
+        members = sorted(self.members, key=lambda m: m.replica)
+        return tuple(dict.fromkeys(m.engine for m in members if m.group == group))
 
     def span(self, rank: int) -> Span | None:
         """The extension that a rank came with; None for those of the job itself."""
@@ -238,7 +251,9 @@ def plan(recipe: Recipe, extensions: Iterable[Extension] = (), left: Collection[
         PlanError: An engine cannot be placed on this cluster at all.
     """
     per_node = slots_per_node(recipe)
-    launched = [Part(kind=role.kind, first_replica=0, replicas=role.replicas) for role in recipe.roles]
+    launched = [
+        Part(kind=role.kind, first_replica=0, replicas=role.replicas, model=role.model) for role in recipe.roles
+    ]
     members, ranks = _placed(launched, recipe, per_node, 0, 1 if recipe.control.dedicated else 0)
     joined = []
     for extension in extensions:
@@ -254,24 +269,28 @@ def plan(recipe: Recipe, extensions: Iterable[Extension] = (), left: Collection[
     )
 
 
-def extend(recipe: Recipe, extensions: Sequence[Extension], wanted: Mapping[Kind, int]) -> Extension:
-    """The extension that adds so many engines of each role to what there is.
+def extend(recipe: Recipe, extensions: Sequence[Extension], wanted: Mapping[str, int]) -> Extension:
+    """The extension that adds so many engines of each role (`Role.group`) to what there is.
 
     Raises:
         PlanError: The recipe has no such role, so nobody knows how large its engines are.
     """
-    counts = {role.kind: role.replicas for role in recipe.roles}
-    for kind in wanted:
-        if kind not in counts:
-            raise PlanError(f"the deployment has no role {kind}: it has {', '.join(counts)}; launch another for it")
+    roles = {role.group: role for role in recipe.roles}
+    counts = {group: role.replicas for group, role in roles.items()}
+    for group in wanted:
+        if group not in counts:
+            raise PlanError(f"the deployment has no role {group}: it has {', '.join(counts)}; launch another for it")
     for extension in extensions:
         for part in extension.parts:
-            counts[part.kind] = max(counts[part.kind], part.first_replica + part.replicas)
+            counts[part.group] = max(counts[part.group], part.first_replica + part.replicas)
     before = plan(recipe, extensions)
     return Extension(
         number=max((extension.number for extension in extensions), default=0) + 1,
         first_rank=max((span.first + span.ranks for span in before.joined), default=before.ranks),
-        parts=tuple(Part(kind=kind, first_replica=counts[kind], replicas=more) for kind, more in wanted.items()),
+        parts=tuple(
+            Part(kind=roles[group].kind, first_replica=counts[group], replicas=more, model=roles[group].model)
+            for group, more in wanted.items()
+        ),
     )
 
 
@@ -279,12 +298,12 @@ def _placed(
     parts: Iterable[Part], recipe: Recipe, per_node: int, offset: int, reserved: int
 ) -> tuple[list[Member], int]:
     """Members of the parts on consecutive ranks from `offset` on, `reserved` of them empty; and how many ranks that are."""
-    roles = {role.kind: role for role in recipe.roles}
+    roles = {role.group: role for role in recipe.roles}
     used: list[int] = [0] * reserved
     next_port: list[int] = [MEMBER_PORT] * reserved
     members: list[Member] = []
     for part in parts:
-        role = roles[part.kind]
+        role = roles[part.group]
         wanted = spread_of(role, recipe, per_node)
         local_ranks = role.data_parallel // wanted.nodes if wanted.by_data else role.data_parallel
         for replica in range(part.first_replica, part.first_replica + part.replicas):
@@ -297,7 +316,7 @@ def _placed(
                 ports = MemberPorts(next_port[here], local_ranks, RAY_PORTS if role.executor is Executor.RAY else 0)
                 members.append(
                     Member(
-                        engine=f"{role.kind}-{replica}",
+                        engine=f"{role.group}-{replica}",
                         kind=role.kind,
                         replica=replica,
                         node=node,
@@ -307,6 +326,7 @@ def _placed(
                         ports=ports,
                         by_data=wanted.by_data,
                         dp_first=node * local_ranks if wanted.by_data else 0,
+                        model=role.model,
                     )
                 )
                 used[here] += wanted.slots
@@ -357,7 +377,7 @@ def spread_of(role: Role, recipe: Recipe, per_node: int) -> Spread:
     unit = role.rank_world if by_data else 1
     if role.world % (nodes * unit) or (local > per_node and not cpu):
         raise PlanError(
-            f"roles.{role.kind}: an engine of {_sizes(role)} does not spread over {nodes} nodes"
+            f"{role.where}: an engine of {_sizes(role)} does not spread over {nodes} nodes"
             f"{'' if cpu else f' of {per_node} GPUs'} ({recipe.cluster.name})"
             f"{_fitting(role.world, nodes * unit, None if cpu else nodes * per_node)}"
         )
@@ -365,7 +385,7 @@ def spread_of(role: Role, recipe: Recipe, per_node: int) -> Spread:
     ports = MemberPorts(0, ranks, RAY_PORTS if role.executor is Executor.RAY else 0).end
     if ports > PORT_BLOCK - MEMBER_PORT:
         raise PlanError(
-            f"roles.{role.kind}: {ranks} data-parallel ranks on one node need {ports} ports and a rank has "
+            f"{role.where}: {ranks} data-parallel ranks on one node need {ports} ports and a rank has "
             f"{PORT_BLOCK - MEMBER_PORT}: use more nodes or replicas, and fewer ranks in an engine"
         )
     return Spread(nodes, 1 if cpu else local, by_data, ports)
@@ -382,13 +402,13 @@ def _fewest_nodes(role: Role, recipe: Recipe, per_node: int) -> int:
             break
     else:
         raise PlanError(
-            f"roles.{role.kind}: one data-parallel rank of {_sizes(role)} takes {role.rank_world} GPUs and a node of "
+            f"{role.where}: one data-parallel rank of {_sizes(role)} takes {role.rank_world} GPUs and a node of "
             f"{recipe.cluster.name} has {per_node}: an engine either spreads its data-parallel ranks over nodes or spreads one "
             f"rank; use replicas instead of data_parallel, or at most {per_node} GPUs for a rank"
         )
     if local == 1 and unit == 1 and per_node > 1:
         raise PlanError(
-            f"roles.{role.kind}: an engine of {_sizes(role)} does not spread over nodes of {per_node} GPUs "
+            f"{role.where}: an engine of {_sizes(role)} does not spread over nodes of {per_node} GPUs "
             f"({recipe.cluster.name}){_fitting(role.world, per_node, None)}"
         )
     return nodes

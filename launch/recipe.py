@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -22,6 +22,18 @@ EQUAL = (
 )
 HASH_SEED = "PYTHONHASHSEED"
 NIXL_BACKENDS = ("UCX", "LIBFABRIC")
+# What `models.<key>` may be: it begins the names of engines, which are parts of NATS subjects, etcd keys and file names.
+MODEL_KEY = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+# What of `engine` holds for the whole deployment: nodes are asked for, and jobs end, by it.
+SHARED_ENGINE = ("device", "ready_timeout_s", "drain_s")
+# What of `frontend` a model may have for itself: how its requests find workers, and wait for them.
+PER_MODEL_FRONTEND = (
+    *("router", "router_overlap_weight", "router_load_weight", "router_temperature", "router_ttl_s"),
+    *("router_sessions", "router_direct"),
+    *("local_prefill", "local_prefill_short_tokens", "local_prefill_behind_tokens", "local_prefill_room_tokens"),
+    *("busy_kv_usage", "busy_prefill_tokens", "busy_requests", "queue_requests", "queue_tokens", "queue_timeout_s"),
+    *("requests_per_minute", "tokens_per_minute"),
+)
 
 
 class Kind(StrEnum):
@@ -184,12 +196,27 @@ class LocalPrefillMode(StrEnum):
     LOAD = "load"
 
 
+def group_name(model: str, kind: Kind) -> str:
+    """What the engines of a role are named after; `model` is the key of their model, or empty."""
+    return f"{model}-{kind}" if model else str(kind)
+
+
+def kind_of(name: str) -> str:
+    """The role in the name of a group, an engine or a member: `decode` of `decode-0`, `chat-decode-0.1` and `chat-decode`."""
+    group, _, last = name.rpartition("-")
+    return group.rpartition("-")[2] if last[:1].isdigit() else last
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Role:
-    """A group of identical engines; `nodes` is the number that each of them spans, None as few as fit."""
+    """A group of identical engines; `nodes` is the number that each of them spans, None as few as fit.
+
+    `model` is the key of the model that they serve, empty for the one of a recipe that names no others.
+    """
 
     kind: Kind
     replicas: int
+    model: str = ""
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     data_parallel: int = 1
@@ -203,14 +230,24 @@ class Role:
         counts = (self.replicas, self.tensor_parallel, self.pipeline_parallel, self.data_parallel, self.nodes or 1)
         if min(counts) < 1 or self.nodes == 0:
             raise ConfigError(
-                f"roles.{self.kind}: replicas, tensor_parallel, pipeline_parallel, data_parallel and nodes start at 1, "
-                f"got {counts}; to leave the role out write roles.{self.kind}.replicas=0"
+                f"{self.where}: replicas, tensor_parallel, pipeline_parallel, data_parallel and nodes start at 1, "
+                f"got {counts}; to leave the role out write {self.where}.replicas=0"
             )
         if self.executor is Executor.RAY and self.data_parallel > 1:
             raise ConfigError(
-                f"roles.{self.kind}: executor=ray with data_parallel={self.data_parallel} is not served: "
+                f"{self.where}: executor=ray with data_parallel={self.data_parallel} is not served: "
                 "use executor=mp, or more replicas instead of data_parallel"
             )
+
+    @property
+    def group(self) -> str:
+        """What its engines' names begin with: `decode`, or `chat-decode` of the model `chat`."""
+        return group_name(self.model, self.kind)
+
+    @property
+    def where(self) -> str:
+        """Where it stands in the recipe."""
+        return f"models.{self.model}.roles.{self.kind}" if self.model else f"roles.{self.kind}"
 
     @property
     def rank_world(self) -> int:
@@ -225,16 +262,27 @@ class Role:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """The weights and the name that clients use. `tiny` ones are made by the project itself (`launch.tiny_model`)."""
+    """The weights and the name that clients use. `tiny` ones are made by the project itself (`launch.tiny_model`).
+
+    `key` is what the recipe calls it below `models`; empty for the one of a recipe that names no others.
+    """
 
     path: str
     name: str
     tiny: Tiny | None = None
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        if self.key and not MODEL_KEY.fullmatch(self.key):
+            raise ConfigError(
+                f"models.{self.key}: names of engines begin with it, so use small letters, digits, '_' and '-' (at most 32, the "
+                f"first a letter); clients may call it otherwise: models.<key>.model.name={self.name!r}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """What all engines of the deployment share."""
+    """What all engines of a model share, and some of it those of all models (`SHARED_ENGINE`)."""
 
     backend: Backend
     device: str
@@ -575,73 +623,49 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """A deployment as decided by its user: everything that the plan, the job and the members are computed from."""
+class ServedModel:
+    """One model of a deployment: its engines, and how its requests find them."""
 
-    name: str
     model: Model
     roles: tuple[Role, ...]
     engine: Engine
-    control: Control
     frontend: Frontend
-    cluster: Cluster
-    slurm: Batch
-    failover: Failover = Failover()
-    security: Security = Security()
-    environment: Environment = Environment()
-    preflight: Preflight = Preflight()
-    handover: Handover = Handover()
-    weights: Weights = Weights()
 
     def __post_init__(self) -> None:
+        whose = f"models.{self.key}" if self.key else "the recipe"
+        under = f"models.{self.key}." if self.key else ""
         kinds = {role.kind for role in self.roles}
         if not kinds:
-            raise ConfigError("the recipe has no roles: write roles.aggregated, or roles.prefill and roles.decode")
+            raise ConfigError(
+                f"{whose} has no roles: write {under}roles.aggregated, or {under}roles.prefill and {under}roles.decode"
+            )
         if Kind.PREFILL in kinds and not kinds & {Kind.DECODE, Kind.AGGREGATED}:
-            raise ConfigError("the recipe has prefill engines but none that decode: add roles.decode.replicas=1")
+            raise ConfigError(f"{whose} has prefill engines but none that decode: add {under}roles.decode.replicas=1")
         if Kind.DECODE in kinds and Kind.PREFILL not in kinds:
-            raise ConfigError("the recipe has decode engines but none that prefill: add roles.prefill.replicas=1")
+            raise ConfigError(f"{whose} has decode engines but none that prefill: add {under}roles.prefill.replicas=1")
         if self.disaggregated:
             self._refuse_unequal()
-        if self.weights.stage is not Stage.NONE and self.cluster.local_scratch is None:
-            raise ConfigError(
-                f"weights.stage={self.weights.stage} needs cluster.local_scratch=<folder on a disk of each node's own, or in "
-                f"its memory>, which cluster {self.cluster.name!r} does not name: $TMPDIR or /tmp, on many machines"
-            )
         if Kind.ENCODE in kinds and not kinds & {Kind.PREFILL, Kind.AGGREGATED}:
             raise ConfigError(
-                "the recipe has encode engines but none that answer: add roles.aggregated, or roles.prefill and roles.decode"
+                f"{whose} has encode engines but none that answer: add {under}roles.aggregated, or {under}roles.prefill and "
+                f"{under}roles.decode"
             )
         if kinds & {Kind.AGGREGATED, Kind.EMBEDDING} and len(kinds - {Kind.ENCODE}) > 1:
             raise ConfigError(
-                "aggregated and embedding engines mix with no other role but encode in one deployment: launch two"
+                f"aggregated and embedding engines of one model mix with no other role but encode ({whose} has "
+                f"{', '.join(sorted(kinds))}): launch two deployments, or give another model its own roles below models"
             )
         if self.frontend.router is RouterMode.KV and self.engine.kv_events is not False and not self._caches:
             raise ConfigError(
-                "frontend.router=kv follows what engines cache, but these cache no prefixes: leave out "
-                "enable_prefix_caching=false (engine.echo_cache_blocks for echo engines), or let the router guess with "
-                "engine.kv_events=false"
+                f"{under}frontend.router=kv follows what engines cache, but these cache no prefixes: leave out "
+                f"enable_prefix_caching=false (engine.echo_cache_blocks for echo engines), or let the router guess with "
+                f"{under}engine.kv_events=false"
             )
 
-    def _refuse_unequal(self) -> None:
-        pair = [role for role in self.roles if role.kind is not Kind.ENCODE]
-        found = {name: {str(role.kind): self._value(role, name) for role in pair} for name in EQUAL}
-        found[HASH_SEED] = {str(role.kind): role.env.get(HASH_SEED, self.engine.env.get(HASH_SEED)) for role in pair}
-        for name, values in found.items():
-            if len(set(map(str, values.values()))) > 1:
-                where = f"engine.env.{name}" if name == HASH_SEED else f"engine.args.{name}"
-                raise ConfigError(
-                    f"prefill and decode engines must agree on {name}, or decode reads another layout than was written; "
-                    f"got {values}: set {where} once"
-                )
-
-    def _value(self, role: Role, name: str) -> Any:
-        return role.args.get(name, self.engine.args.get(name))
-
     @property
-    def scheme(self) -> str:
-        """What frontends speak: http or https."""
-        return "http" if self.frontend.tls_cert is None else "https"
+    def key(self) -> str:
+        """What the recipe calls it; empty for the one of a recipe that names no others."""
+        return self.model.key
 
     @property
     def router(self) -> RouterMode:
@@ -660,6 +684,16 @@ class Recipe:
         return self.router is RouterMode.KV
 
     @property
+    def disaggregated(self) -> bool:
+        """Whether prompts are computed by one engine and continued by another."""
+        return any(role.kind is Kind.PREFILL for role in self.roles)
+
+    @property
+    def encodes_apart(self) -> bool:
+        """Whether images are encoded by engines that do nothing else."""
+        return any(role.kind is Kind.ENCODE for role in self.roles)
+
+    @property
     def _caches(self) -> bool:
         """Whether all engines keep the KV blocks of prompts that they have computed, for the next that begins alike."""
         if any(role.kind is Kind.EMBEDDING for role in self.roles):
@@ -669,12 +703,124 @@ class Recipe:
         told = [self._value(role, "enable_prefix_caching") for role in self.roles if role.kind is not Kind.ENCODE]
         return all(value is None or value for value in told)
 
+    def _refuse_unequal(self) -> None:
+        pair = [role for role in self.roles if role.kind is not Kind.ENCODE]
+        found = {name: {str(role.kind): self._value(role, name) for role in pair} for name in EQUAL}
+        found[HASH_SEED] = {str(role.kind): role.env.get(HASH_SEED, self.engine.env.get(HASH_SEED)) for role in pair}
+        for name, values in found.items():
+            if len(set(map(str, values.values()))) > 1:
+                where = f"engine.env.{name}" if name == HASH_SEED else f"engine.args.{name}"
+                raise ConfigError(
+                    f"prefill and decode engines must agree on {name}, or decode reads another layout than was written; "
+                    f"got {values}: set {f'models.{self.key}.' if self.key else ''}{where} once"
+                )
+
+    def _value(self, role: Role, name: str) -> Any:
+        return role.args.get(name, self.engine.args.get(name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A deployment as decided by its user: everything that the plan, the job and the members are computed from.
+
+    It serves `models`, mostly one. What concerns one of them is asked of the recipe of that model alone (`of`, `each`): there
+    `engine` and `frontend` are its own. In the whole recipe they are what models share and lay theirs over.
+    """
+
+    name: str
+    models: tuple[ServedModel, ...]
+    engine: Engine
+    control: Control
+    frontend: Frontend
+    cluster: Cluster
+    slurm: Batch
+    failover: Failover = Failover()
+    security: Security = Security()
+    environment: Environment = Environment()
+    preflight: Preflight = Preflight()
+    handover: Handover = Handover()
+    weights: Weights = Weights()
+
+    def __post_init__(self) -> None:
+        if self.weights.stage is not Stage.NONE and self.cluster.local_scratch is None:
+            raise ConfigError(
+                f"weights.stage={self.weights.stage} needs cluster.local_scratch=<folder on a disk of each node's own, or in "
+                f"its memory>, which cluster {self.cluster.name!r} does not name: $TMPDIR or /tmp, on many machines"
+            )
+        if self.weights.stage is not Stage.NONE and len(self.models) > 1:
+            raise ConfigError(
+                f"weights.stage={self.weights.stage} brings one model to the nodes, and this recipe serves {', '.join(self._keys)}: use "
+                "weights.stage=none, so that engines read each from its path"
+            )
+        names = [served.model.name for served in self.models]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ConfigError(
+                f"two models are called {twice[0]!r}, and requests name the one that they mean: set models.<key>.model.name"
+            )
+
+    @property
+    def each(self) -> tuple[Recipe, ...]:
+        """The recipe of each model alone."""
+        return tuple(self.of(served.key) for served in self.models)
+
+    def of(self, key: str, path: str | None = None) -> Recipe:
+        """The recipe of one model alone; with a `path` its weights are read there.
+
+        Raises:
+            ConfigError: There is none of that key.
+        """
+        for served in self.models:
+            if served.key == key:
+                model = replace(served.model, path=path) if path else served.model
+                one = replace(served, model=model)
+                return replace(self, models=(one,), engine=one.engine, frontend=one.frontend)
+        raise ConfigError(
+            f"no model {key!r} in the recipe{closest(key, self._keys)}; there are {', '.join(self._keys)}"
+        )
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The roles of all models."""
+        return tuple(role for served in self.models for role in served.roles)
+
+    @property
+    def scheme(self) -> str:
+        """What frontends speak: http or https."""
+        return "http" if self.frontend.tls_cert is None else "https"
+
+    @property
+    def one(self) -> ServedModel:
+        """The only model, of the recipe of one alone."""
+        if len(self.models) != 1:
+            raise ValueError(f"this recipe serves {', '.join(self._keys)}: ask the recipe of one of them (Recipe.of)")
+        return self.models[0]
+
+    @property
+    def model(self) -> Model:
+        """Of the only model."""
+        return self.one.model
+
+    @property
+    def router(self) -> RouterMode:
+        """Of the only model: how its workers are chosen."""
+        return self.one.router
+
+    @property
+    def publishes_kv_events(self) -> bool:
+        """Of the only model: whether its engines tell what they cache."""
+        return self.one.publishes_kv_events
+
     @property
     def disaggregated(self) -> bool:
-        """Whether prompts are computed by one engine and continued by another."""
-        return any(role.kind is Kind.PREFILL for role in self.roles)
+        """Of the only model: whether prompts are computed by one engine and continued by another."""
+        return self.one.disaggregated
 
     @property
     def encodes_apart(self) -> bool:
-        """Whether images are encoded by engines that do nothing else."""
-        return any(role.kind is Kind.ENCODE for role in self.roles)
+        """Of the only model: whether images are encoded by engines that do nothing else."""
+        return self.one.encodes_apart
+
+    @property
+    def _keys(self) -> list[str]:
+        return [served.key or served.model.name for served in self.models]

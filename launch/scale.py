@@ -22,15 +22,15 @@ from launch.compose import word
 from launch.elastic import Joining
 from launch.errors import ConfigError, DeploymentError, LaunchError, PlanError, SubmitError
 from launch.plan import Plan
-from launch.recipe import Kind, Launcher, Recipe
+from launch.recipe import Kind, Launcher, Recipe, kind_of
 from launch.records import Job, Phase, RankRecord, RunDirectory, State, find
 from slurm import executors
 from slurm.batch import Submission
 from slurm.hosts import devices_here
 
 POLL_S = 0.5
-CHANGE = re.compile(r"(?P<role>[a-z]+)=(?P<sign>[+-])(?P<count>[1-9][0-9]{0,3})")
-ENGINE = re.compile(r"(?P<role>[a-z]+)-(?P<replica>[0-9]+)")
+CHANGE = re.compile(r"(?P<role>[a-z](?:[a-z0-9_-]*[a-z])?)=(?P<sign>[+-])(?P<count>[1-9][0-9]{0,3})")
+ENGINE = re.compile(r"(?P<role>[a-z](?:[a-z0-9_-]*[a-z])?)-(?P<replica>[0-9]+)")
 # Seconds that agents may take to see a request in the run directory, beyond the drain itself.
 SEEN_AFTER_S = 120.0
 ASKED_S = 2.0
@@ -38,10 +38,13 @@ ASKED_S = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """What was asked for: engines to add, by role; how many to take away, by role; and engines to take away by name."""
+    """What was asked for: engines to add, by role; how many to take away, by role; and engines to take away by name.
 
-    more: Mapping[Kind, int]
-    fewer: Mapping[Kind, int]
+    Roles are called as engines are: `decode`, or `chat-decode` of the model `chat` of several.
+    """
+
+    more: Mapping[str, int]
+    fewer: Mapping[str, int]
     named: tuple[str, ...]
 
 
@@ -78,17 +81,18 @@ def parse(words: Sequence[str]) -> Change:
     Raises:
         ConfigError: One cannot be read.
     """
-    more: dict[Kind, int] = {}
-    fewer: dict[Kind, int] = {}
+    more: dict[str, int] = {}
+    fewer: dict[str, int] = {}
     named: list[str] = []
     for text in words:
         if found := CHANGE.fullmatch(text):
-            kind = word(Kind, text, found["role"])
-            if kind in more or kind in fewer:
-                raise ConfigError(f"{kind} is given twice: say by how many in all")
-            (more if found["sign"] == "+" else fewer)[kind] = int(found["count"])
+            role = found["role"]
+            word(Kind, text, kind_of(role))
+            if role in more or role in fewer:
+                raise ConfigError(f"{role} is given twice: say by how many in all")
+            (more if found["sign"] == "+" else fewer)[role] = int(found["count"])
         elif found := ENGINE.fullmatch(text):
-            word(Kind, text, found["role"])
+            word(Kind, text, kind_of(text))
             named.append(text)
         else:
             raise ConfigError(f"{text!r} is no change: write decode=+2, decode=-1, or the name of an engine, decode-3")
@@ -124,7 +128,7 @@ def scale(
             await_joined(run, recipe, job, joined)
 
 
-def refusal(recipe: Recipe, launcher: Launcher, more: Mapping[Kind, int]) -> str | None:
+def refusal(recipe: Recipe, launcher: Launcher, more: Mapping[str, int]) -> str | None:
     """Why engines of these roles cannot join, or None when they can. Pure."""
     if launcher is Launcher.DEBUG:
         return "launcher=debug is one process with all ranks, and nobody joins it: launch with launcher=local"
@@ -133,7 +137,7 @@ def refusal(recipe: Recipe, launcher: Launcher, more: Mapping[Kind, int]) -> str
             "launcher=allocation is one step of your own job, whose nodes are those of the plan: launch with launcher=slurm to "
             "extend the deployment by jobs, or start a second deployment in the allocation"
         )
-    passes_kv = [kind for kind in more if kind in (Kind.PREFILL, Kind.DECODE)]
+    passes_kv = [role for role in more if kind_of(role) in (Kind.PREFILL, Kind.DECODE)]
     if passes_kv and not recipe.cluster.joins_rdma and launcher is Launcher.SLURM:
         return (
             f"on {recipe.cluster.name} processes of two jobs cannot exchange RDMA (cluster.rdma_between_jobs), so a "
@@ -150,21 +154,21 @@ def chosen(where: Plan, asked: Change, force: bool) -> tuple[str, ...]:
     Raises:
         PlanError: There are not as many, or a role would have none left.
     """
-    every = {kind: where.engines(kind) for kind in dict.fromkeys(member.kind for member in where.members)}
+    every = {group: where.engines(group) for group in dict.fromkeys(member.group for member in where.members)}
     names = [name for found in every.values() for name in found]
     for name in asked.named:
         if name not in names:
             raise PlanError(f"no engine {name!r} in the deployment: it has {', '.join(names)}")
     gone = list(asked.named)
-    for kind, count in asked.fewer.items():
-        left = [name for name in every.get(kind, ()) if name not in gone]
+    for group, count in asked.fewer.items():
+        left = [name for name in every.get(group, ()) if name not in gone]
         if count > len(left):
-            raise PlanError(f"{kind}=-{count} takes more engines than there are: {', '.join(left) or 'none'}")
+            raise PlanError(f"{group}=-{count} takes more engines than there are: {', '.join(left) or 'none'}")
         gone += left[len(left) - count :]
-    for kind, found in every.items():
+    for group, found in every.items():
         if all(name in gone for name in found) and not force:
             raise PlanError(
-                f"no {kind} engine would be left of {', '.join(found)}, and requests that need one would fail: leave one, or "
+                f"no {group} engine would be left of {', '.join(found)}, and requests that need one would fail: leave one, or "
                 "say --force"
             )
     return tuple(gone)
@@ -199,7 +203,7 @@ def grow(
     run: RunDirectory,
     recipe: Recipe,
     job: Job,
-    more: Mapping[Kind, int],
+    more: Mapping[str, int],
     time_min: int | None = None,
     in_place_of: Sequence[str] = (),
 ) -> Joining:

@@ -32,7 +32,7 @@ def engine(
     fabric: Mapping[str, str] | None = None,
     model: str | None = None,
 ) -> Invocation:
-    """The process of an engine member; its slots count within `visible`, the GPUs that the rank was given.
+    """The process of an engine member, by the recipe of its model; its slots count within `visible`, the GPUs that the rank was given.
 
     `fabric` is what its libraries are told of the node's network; the recipe's own environment wins over it. `model` is the
     node's own copy of the model, if it has one.

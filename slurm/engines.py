@@ -93,7 +93,7 @@ class Engines:
         return {member: item for member, item in self._items.items() if not self._departures.took(member.name)}
 
     def _supervised(self, member: Member) -> Supervised:
-        recipe, said, snapshot = self._rank.recipe, self._record.said, self._examination.snapshot
+        recipe, said, snapshot = self._rank.recipe.of(member.model), self._record.said, self._examination.snapshot
         place = Place(said.address, said.port_base)
         buses = self._examination.buses
         mine = tuple(buses[slot] for slot in member.slots if slot < len(buses))

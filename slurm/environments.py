@@ -59,7 +59,8 @@ def interpreter(recipe: Recipe, run_dir: Path) -> Interpreter:
 def folders(recipe: Recipe, run_dir: Path) -> tuple[str, ...]:
     """What must be there inside a container, as path or path:path-inside."""
     tls = [path for path in (recipe.frontend.tls_cert, recipe.frontend.tls_key) if path]
-    needed = [str(run_dir), recipe.model.path, *recipe.engine.lora_dirs, *tls, *recipe.environment.binds]
+    models = [path for one in recipe.models for path in (one.model.path, *one.engine.lora_dirs)]
+    needed = [str(run_dir), *models, *tls, *recipe.environment.binds]
     return tuple(dict.fromkeys(needed))
 
 

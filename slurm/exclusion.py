@@ -37,9 +37,9 @@ def cannot_go_on(bad: Mapping[int, str], plan: Plan) -> str | None:
     if 0 in bad:
         return "rank 0 carries the control plane"
     broken = {member.engine for member in plan.members if member.rank in bad}
-    for kind in dict.fromkeys(member.kind for member in plan.members):
-        if all(engine in broken for engine in plan.engines(kind)):
-            return f"no {kind} engine would be left"
+    for group in dict.fromkeys(member.group for member in plan.members):
+        if all(engine in broken for engine in plan.engines(group)):
+            return f"no {group} engine would be left"
     return None
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from launch import elastic, watch
 from launch.elastic import Departure, Following, Joining, short_of
 from launch.plan import Member, Plan
-from launch.recipe import Kind, Launcher, OnLostNode, Recipe
+from launch.recipe import Kind, Launcher, OnLostNode, Recipe, kind_of
 from launch.records import Job, RankRecord, RunDirectory
 from slurm.heard import Heard
 from slurm.succession import outside
@@ -145,7 +145,7 @@ def to_replace(where: Plan, gone: Sequence[Departure], joined: Sequence[Joining]
 
 
 def _is_engine(name: str) -> bool:
-    return name.rpartition("-")[0] in list(Kind)
+    return kind_of(name) in list(Kind)
 
 
 async def _listens(record: RankRecord, member: Member) -> bool:

@@ -76,7 +76,7 @@ class Overseer:
         self._endpoint = Endpoint(
             url=f"{scheme}://{place.address}:{shared}/v1",
             urls=[f"{scheme}://{place.address}:{port}/v1" for port in own],
-            models=[self._recipe.model.name],
+            models=[served.model.name for served in self._recipe.models],
             state=Phase.DEGRADED if self._was_ready else Phase.STARTING,
             api_key_file=str(self._run.api_key_file),
             expires_at=await asyncio.to_thread(self._expires_at),
@@ -221,6 +221,7 @@ class Overseer:
             if record:
                 page = f"{record.address}:{record.port_base + member.ports.metrics}"
                 labels = {"role": str(member.kind), "replica": str(member.replica), "member": member.name}
+                labels["model"] = self._recipe.of(member.model).model.name
                 found.append({"targets": [page], "labels": {"deployment": self._recipe.name, **labels}})
         assert self._endpoint
         for name, url in zip(frontends_on(self._plan, self._rank), self._endpoint.urls, strict=True):

@@ -14,7 +14,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from launch.errors import LaunchError
-from launch.plan import Plan
+from launch.plan import Member, Plan
 from launch.recipe import Backend, Cluster, Kind, Launcher, Level, Recipe, When
 from slurm import fabric, gpus
 from slurm.fabric import Snapshot
@@ -137,7 +137,7 @@ def gather(recipe: Recipe, leading: bool, run_dir: Path, snapshot: Snapshot, env
         run_free=_free(str(run_dir)),
         tmp_free=_free(tmp),
         tmp=tmp,
-        model_error=_model_error(recipe),
+        model_error=next(filter(None, map(_model_error, recipe.each)), None),
         port_taken=port if leading and port is not None and not _can_bind(port) else None,
     )
 
@@ -160,7 +160,7 @@ def judge(facts: Facts, recipe: Recipe, plan: Plan, rank: int, visible: Sequence
         slots = [slot for member in plan.on(rank) for slot in member.slots]
         if slots:
             findings += _gpus(facts, recipe, 1 + max(slots), visible)
-        if recipe.cluster.fabric.rdma and recipe.disaggregated and cross:
+        if recipe.cluster.fabric.rdma and any(one.disaggregated for one in recipe.models) and cross:
             findings.append(_direct(facts))
     return [_excused(finding, recipe) for finding in findings]
 
@@ -204,8 +204,8 @@ def peers(plan: Plan, rank: int) -> tuple[int, ...]:
     for its others, and rank 0; of more than `MOST_PEERS` the next ones by number."""
     members = plan.on(rank)
     found = {0} | {plan.leader_of(member.engine).rank for member in members}
-    if any(member.kind is Kind.DECODE for member in members):
-        found |= {member.rank for member in plan.members if member.kind is Kind.PREFILL}
+    pulling = _models(members, Kind.DECODE)
+    found |= {member.rank for member in plan.members if member.kind is Kind.PREFILL and member.model in pulling}
     others = sorted(found - {rank})
     after = [peer for peer in others if peer > rank] + [peer for peer in others if peer < rank]
     return tuple(after[:MOST_PEERS])
@@ -222,18 +222,21 @@ def moves_kv(recipe: Recipe, plan: Plan, rank: int, peer: int, elsewhere: bool, 
 
     `elsewhere` says whether the peer is on another host, `installed` whether NIXL is.
     """
-    kinds = {member.kind for member in plan.on(rank)}, {member.kind for member in plan.on(peer)}
-    pair = Kind.DECODE in kinds[0] and Kind.PREFILL in kinds[1]
+    pair = bool(_models(plan.on(rank), Kind.DECODE) & _models(plan.on(peer), Kind.PREFILL))
     wanted = recipe.preflight.kv is When.ALWAYS or (recipe.preflight.kv is When.AUTO and elsewhere and installed)
     return pair and wanted
 
 
 def offers_kv(recipe: Recipe, plan: Plan, rank: int, installed: bool) -> bool:
     """Whether a rank holds a block ready for others to pull."""
-    prefill = any(member.kind is Kind.PREFILL for member in plan.on(rank))
-    decode_elsewhere = any(member.kind is Kind.DECODE and member.rank != rank for member in plan.members)
+    elsewhere = _models([member for member in plan.members if member.rank != rank], Kind.DECODE)
     wanted = recipe.preflight.kv is When.ALWAYS or (recipe.preflight.kv is When.AUTO and installed)
-    return prefill and decode_elsewhere and wanted
+    return bool(_models(plan.on(rank), Kind.PREFILL) & elsewhere) and wanted
+
+
+def _models(members: Iterable[Member], kind: Kind) -> set[str]:
+    """The models that have engines of that kind among these."""
+    return {member.model for member in members if member.kind is kind}
 
 
 def nixl_installed() -> bool:
@@ -429,7 +432,7 @@ def _free(folder: str) -> int:
 
 
 def _model_error(recipe: Recipe) -> str | None:
-    """Why the model cannot be read, or None; the first weights are really read, not only looked at."""
+    """Why the model of this recipe of one cannot be read, or None; the first weights are really read, not only looked at."""
     folder = Path(recipe.model.path)
     try:
         (folder / "config.json").read_bytes()

@@ -48,7 +48,7 @@ class Commands(msgspec.Struct, frozen=True):
 
 
 class Staging:
-    """The model on one node: `path` is where engines read it, once `run` has returned."""
+    """The model on one node: `path` is this node's own copy, once `run` has returned; None where engines read `model.path`."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Staging:
         stop: asyncio.Event,
         tell: Callable[[str], None],
     ) -> None:
-        self.path = recipe.model.path
+        self.path: str | None = None
         self._run = run
         self._recipe = recipe
         self._record = record

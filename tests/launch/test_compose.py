@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
+import msgspec
 import pytest
 
 from launch.compose import choices, read
 from launch.errors import ConfigError
 from launch.plan import plan
-from launch.recipe import Kind, Launcher, Tiny, Wait
+from launch.recipe import Kind, Launcher, Recipe, Tiny, Wait
 
 
 @pytest.mark.parametrize(
@@ -86,6 +89,75 @@ def test_bad_words_are_refused_with_the_way_out(overrides: list[str], message: s
     """Each message names the value and what would do."""
     with pytest.raises(ConfigError, match=message):
         plan(read(overrides).recipe)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("models.chat.engine.devise=1", r"unknown key 'models.chat.engine.devise', did you mean 'device'"),
+        ("models.chat.engine.device=cuda", r"models.chat.engine.device: all models share device: write engine.device"),
+        ("models.chat.frontend.port=8000", r"models.chat.frontend.port: all models share port"),
+        ("models.chat.frontend.busy_requests=two", r"models.chat.frontend: Value 'two'.*Integer"),
+        ("models.chat.rolez=3", r"unknown key 'models.chat.rolez', did you mean 'roles'"),
+        ("models.other.roles.decode.replicas=1", r"no model 'other' below models: write it into a recipe file"),
+        ("model.path=/m", r"serves the models chat, embed.*write models.<key>.model"),
+        ("roles.decode.replicas=1", r"serves the models chat, embed.*models.<key>.roles"),
+        ("models.chat.roles.decode.replicas=2", r"models.chat has decode.*add models.chat.roles.prefill.replicas=1"),
+        ("models.chat.roles.aggregated.replicas=0", r"models.chat has no roles"),
+        ("models.chat.roles.aggregated.replicas=-1", r"models.chat.roles.aggregated: replicas.* start at 1"),
+        ("models.embed.model.name=chat", r"two models are called 'chat'"),
+        ("models.embed.frontend.router=kv", r"models.embed.frontend.router=kv follows what engines cache"),
+        ("models.chat.engine.backend=ecko", r"models.chat: engine.backend .*did you mean 'echo'"),
+        ("models.chat.engine.args.max_sequences=1", r"models.chat: engine.args.max_sequences is no engine argument"),
+        ("weights.stage=local", r"needs cluster.local_scratch"),
+    ],
+)
+def test_what_is_wrong_with_one_of_several_models_names_it(override: str, message: str) -> None:
+    """Keys of a model are checked as those of the only one are."""
+    with pytest.raises(ConfigError, match=message):
+        plan(read(["+recipe=tiny_two_models", override]).recipe)
+
+
+def test_staging_is_refused_for_several_models() -> None:
+    """It brings one to the nodes, and the engines of the others would wait for it."""
+    with pytest.raises(ConfigError, match=r"brings one model to the nodes, and this recipe serves chat, embed"):
+        read(["+recipe=tiny_two_models", "weights.stage=local", "cluster.local_scratch=/scratch"])
+
+
+def test_a_model_lays_its_own_keys_over_those_of_all() -> None:
+    """Mappings are merged, all else is replaced; the name that clients send is the key, or what the model says."""
+    asked = read(
+        [
+            *(
+                "+recipe=tiny_two_models",
+                "engine.env.A=1",
+                "models.chat.engine.env.B=2",
+                "models.chat.engine.args.seed=7",
+            ),
+            *("models.chat.frontend.queue_requests=9", "models.embed.model.name=org/embed", "engine.kv_lease_s=20"),
+        ]
+    ).recipe
+    chat, embed = asked.of("chat"), asked.of("embed")
+
+    assert [served.model.name for served in asked.models] == ["chat", "org/embed"]
+    assert chat.engine.env == {"A": "1", "B": "2"}
+    assert embed.engine.env == asked.engine.env == {"A": "1"}
+    assert chat.engine.args == {**asked.engine.args, "seed": 7}
+    assert embed.engine.args == {**asked.engine.args, "runner": "pooling", "convert": "embed"}
+    assert (chat.frontend.queue_requests, embed.frontend.queue_requests) == (9, 512)
+    assert {one.engine.kv_lease_s for one in (asked, chat, embed)} == {20}
+    assert [role.group for role in asked.roles] == ["chat-aggregated", "embed-embedding"]
+
+
+@pytest.mark.parametrize("name", choices("recipe"))
+def test_the_recipe_of_each_model_is_one_of_a_single_model(name: str) -> None:
+    """A recipe of one model is that already; and what is written to the run directory is read as it was."""
+    whole = read([f"+recipe={name}"]).recipe
+
+    assert [one.model for one in whole.each] == [served.model for served in whole.models]
+    assert all(one == one.of(one.model.key) for one in whole.each)
+    assert len(whole.models) > 1 or whole.each == (whole,)
+    assert msgspec.yaml.decode(msgspec.yaml.encode(asdict(whole)), type=Recipe) == whole
 
 
 @pytest.mark.parametrize(

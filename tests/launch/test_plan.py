@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from launch.compose import choices, read
 from launch.errors import PlanError
-from launch.plan import MEMBER_PORT, PORT_BLOCK, Member, Plan, check_hosts, dp_ranks, plan
-from launch.recipe import Kind, Recipe, Role
+from launch.plan import MEMBER_PORT, PORT_BLOCK, Member, Plan, check_hosts, dp_ranks, extend, plan
+from launch.recipe import Kind, Recipe, Role, kind_of
 
 RECIPES = choices("recipe")
 CLUSTERS = choices("cluster")
@@ -149,7 +149,7 @@ def test_any_plan_is_consistent(first: Role, second: Role, gpus: int, dedicated:
     base = shipped("llama70b_disagg", f"slurm_gpu{gpus}")
     asked = replace(
         base,
-        roles=(replace(first, kind=Kind.PREFILL), replace(second, kind=Kind.DECODE)),
+        models=(replace(base.models[0], roles=(replace(first, kind=Kind.PREFILL), replace(second, kind=Kind.DECODE))),),
         control=replace(base.control, dedicated=dedicated),
     )
 
@@ -169,7 +169,7 @@ def test_any_plan_without_gpus_is_consistent(kind: Kind, replicas: int, tensor: 
     base = shipped("tiny_disagg" if kind is Kind.PREFILL else "tiny_agg", "local")
     base = replace(base, cluster=replace(base.cluster, cpu_engines_per_node=per_node))
     wide = [replace(role, replicas=replicas, tensor_parallel=tensor, nodes=tensor) for role in base.roles]
-    asked = replace(base, roles=tuple(wide))
+    asked = replace(base, models=(replace(base.models[0], roles=tuple(wide)),))
 
     where = plan(asked)
 
@@ -190,7 +190,7 @@ def assert_consistent(where: Plan, asked: Recipe) -> None:
     first = 1 if asked.control.dedicated else 0
     assert {member.rank for member in where.members} == set(range(first, where.ranks))
     for role in asked.roles:
-        engines = {member.engine for member in where.members if member.kind is role.kind}
+        engines = {member.engine for member in where.members if member.group == role.group}
         assert len(engines) == role.replicas
         for engine in engines:
             members = [member for member in where.members if member.engine == engine]
@@ -219,3 +219,63 @@ def test_planning_loads_nothing_heavy() -> None:
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert answer.stdout.strip() == "[]"
+
+
+def test_several_models_share_nodes_and_have_names_of_their_own() -> None:
+    """Engines are placed as those of one model would be; those of a model are called after its key."""
+    where = plan(recipe("tiny_two_models", "models.chat.roles.aggregated.replicas=2"))
+
+    assert [(member.name, member.model, member.rank, member.slots) for member in where.members] == [
+        ("chat-aggregated-0", "chat", 0, (0,)),
+        ("chat-aggregated-1", "chat", 0, (1,)),
+        ("embed-embedding-0", "embed", 1, (0,)),
+    ]
+    assert where.engines("chat-aggregated") == ("chat-aggregated-0", "chat-aggregated-1")
+    assert where.engines("aggregated") == ()
+
+
+pairs = st.tuples(st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 4, 8]))
+
+
+@given(pairs, pairs, st.sampled_from([4, 8]), st.booleans())
+def test_any_plan_of_two_models_is_consistent(
+    first: tuple[int, int, int], second: tuple[int, int, int], gpus: int, dedicated: bool
+) -> None:
+    """Two models with the same roles keep slots, ports and names apart, and what joins later belongs to one of them."""
+    base = shipped("llama70b_disagg", f"slurm_gpu{gpus}")
+    models = []
+    for key, (prefills, decodes, tensor) in (("a", first), ("b-2", second)):
+        counts = {Kind.PREFILL: prefills, Kind.DECODE: decodes}
+        sized = [replace(role, replicas=counts[role.kind], tensor_parallel=tensor, model=key) for role in base.roles]
+        model = replace(base.models[0].model, key=key, name=key)
+        models.append(replace(base.models[0], model=model, roles=tuple(sized)))
+    asked = replace(base, models=tuple(models), control=replace(base.control, dedicated=dedicated))
+    where = plan(asked)
+    added = extend(asked, [], {"b-2-decode": 2})
+    after = plan(asked, [added])
+
+    assert_consistent(where, asked)
+    assert len({member.name for member in where.members}) == len(where.members)
+    assert added.engines == (f"b-2-decode-{second[1]}", f"b-2-decode-{second[1] + 1}")
+    assert after.members[: len(where.members)] == where.members
+    assert {member.model for member in after.members[len(where.members) :]} == {"b-2"}
+    with pytest.raises(PlanError, match="has no role decode: it has a-prefill, a-decode, b-2-prefill, b-2-decode"):
+        extend(asked, [], {"decode": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("decode", "decode"),
+        ("decode-0", "decode"),
+        ("decode-0.1", "decode"),
+        ("chat-decode", "decode"),
+        ("chat-decode-12", "decode"),
+        ("llama-3-decode-0.1", "decode"),
+        ("decode-2-prefill-1", "prefill"),
+        ("frontend-0", "frontend"),
+    ],
+)
+def test_a_name_says_its_role(name: str, kind: str) -> None:
+    """Whatever the key of its model looks like."""
+    assert kind_of(name) == kind

@@ -26,7 +26,7 @@ async def frontend(control: Control, name: str, serves: bool = True) -> AsyncIte
     """One frontend's limits for as long as it lives."""
     gate = Gate(Thresholds(requests_per_minute=60, queue_requests=9), lambda limits: True)
     async with client(control) as etcd:
-        fleet = Fleet(etcd, "d", name, gate)
+        fleet = Fleet(etcd, "d", name, {"m": gate})
         tasks = [asyncio.create_task(fleet.follow())]
         if serves:
             tasks.append(asyncio.create_task(fleet.keep()))
@@ -63,13 +63,13 @@ async def test_a_change_reaches_all_frontends_and_those_that_come_later(control:
     async with frontend(control, "frontend-0") as (first, fleet):
         async with running(etcd_server(control, tmp_path), tmp_path), frontend(control, "frontend-1") as (second, _):
             await until(lambda: first.frontends == second.frontends == 2)
-            await fleet.change({"requests_per_minute": "100"})
+            await fleet.change(["m"], {"requests_per_minute": "100"})
             await until(lambda: second.whole.requests_per_minute == 100)
             assert second.thresholds.requests_per_minute == 50
             with pytest.raises(ApiError, match="queue_request"):
-                await fleet.change({"queue_request": 1})
+                await fleet.change(["m"], {"queue_request": 1})
         with pytest.raises(ApiError, match="limits stay as they are"):
-            await fleet.change({"requests_per_minute": 7})
+            await fleet.change(["m"], {"requests_per_minute": 7})
         assert first.whole.requests_per_minute == 100
 
         shutil.rmtree(tmp_path / "etcd")

@@ -15,7 +15,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +68,13 @@ def main() -> int:
     set_up_logging(name)
     orphans.die_with(os.getpid())
     recipe, job, control = run.recipe(), run.job(), run.control()
-    # Where this node has a copy of the model of its own (slurm.staging).
-    recipe = replace(recipe, model=replace(recipe.model, path=os.environ.get(MODEL_PATH, recipe.model.path)))
     if job is None or control is None:
         raise SystemExit(f"{run.path} has no running deployment: its job.json or control.json is missing")
     where = plan_of(run, recipe, job.attempt)
     member = where.member(name)
+    recipe = recipe.of(
+        member.model, os.environ.get(MODEL_PATH)
+    )  # where this node has a copy of its own (slurm.staging)
     known = places(run.ranks(job.attempt))
     role = role_of(recipe, member)
     life = f"{job.submitted_at}/{os.environ.get(GENERATION, '')}"
@@ -83,6 +83,7 @@ def main() -> int:
         encoder_cache = run.path / "encoder_cache" / f"{job.submitted_at:.6f}"
         if member.kind is Kind.ENCODE:
             forget_others(encoder_cache)
+        encoder_cache /= member.model  # what one model's encoder makes of an image is nothing to another's
         arguments = prepared(recipe, where, member, known, life, encoder_cache)
         with contextlib.ExitStack() as around:
             ray = ray_cluster.start_command(where, member, known, ray_cluster.temp_dir())
@@ -266,6 +267,7 @@ def labels_of(recipe: Recipe, member: Member) -> dict[str, str]:
         "role": str(member.kind),
         "replica": str(member.replica),
         "member": member.name,
+        "model": recipe.model.name,
     }
 
 

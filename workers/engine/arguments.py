@@ -31,7 +31,7 @@ class Place(Protocol):
 
 def role_of(recipe: Recipe, member: Member) -> Role:
     """The role that a member belongs to."""
-    return next(role for role in recipe.roles if role.kind is member.kind)
+    return next(role for role in recipe.roles if role.group == member.group)
 
 
 def engine_arguments(

@@ -41,7 +41,7 @@ from workers.frontend.admission import Gate, Thresholds
 from workers.frontend.app import App
 from workers.frontend.batches import Batches
 from workers.frontend.book import Book
-from workers.frontend.errors import error_body
+from workers.frontend.errors import ApiError, error_body
 from workers.frontend.exchange import Pool
 from workers.frontend.files import Drawer, Files
 from workers.frontend.fleet import Fleet
@@ -52,9 +52,10 @@ from workers.frontend.kv_plane import KvPlane
 from workers.frontend.kv_router import KvRouter, Weights
 from workers.frontend.kv_view import PREDICTED_S, KvView
 from workers.frontend.limits import ConnectionLimits, raise_descriptor_limit
-from workers.frontend.links import Links
+from workers.frontend.links import Link, Links
 from workers.frontend.local import LocalPrefill
-from workers.frontend.metrics import Metrics
+from workers.frontend.metrics import ByModel, Metrics
+from workers.frontend.models import Models, Workers
 from workers.frontend.reply import Kept
 from workers.frontend.router import Router, mode
 from workers.frontend.service import Served, Service
@@ -154,65 +155,28 @@ async def serve(
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop.set)
     metrics = Metrics()
-    readiness = Readiness()
+    parts: list[Part] = []
 
     def on_change() -> None:
-        if router.kv:
-            router.kv.view.follow(cards())
-        readiness.look(pool)
-
-    def cards() -> list[Card]:
-        return [link.card for link in links if link.card.kind is not Kind.ENCODE]
+        for part in parts:
+            part.follow(links)
 
     links = Links(ClientKeys.of_frontends(control), recipe.frontend.stall_timeout_s, on_change)
-    plane = KvPlane(control, recipe.name, name, alone=recipe.frontend.processes == 1)
-    router = router_of(recipe, plane)
-    if router.kv:
-        metrics.registry.register(KvMetrics(router.kv))
-    pool = Pool(
-        links,
-        router.choose,
-        recipe.disaggregated,
-        lambda kind: metrics.legs.labels(kind).inc(),
-        needed=tuple(role.kind for role in recipe.roles),
-        local=local_prefill(recipe),
-        on_local=lambda reason: metrics.local_prefills.labels(reason).inc(),
-        on_resumed=metrics.resumed.inc,
-        router=router,
-        attempts=recipe.failover.max_attempts,
-    )
-
-    def count(kind: Kind) -> int:
-        return len(pool.usable(kind))
-
-    for role in recipe.roles:
-        metrics.usable_workers.labels(role.kind).set_function(functools.partial(count, role.kind))
-    served = Served(
-        name=recipe.model.name,
-        max_model_len=lambda: context_of(links),
-        adapters=lambda: pool.adapters,
-        created=int(time.time()),
-        version=lambda: next((link.card.version for link in links), ""),
-    )
-    serving = serving_options(recipe, recipe.roles[-1])
-    model, arguments = Path(recipe.model.path), merged(recipe, recipe.roles[-1])
-    text = None
-    if not worker_tokenizes(recipe.engine.tokenize, model, arguments):
-        text = Text(model, serving.chat_template, serving.default_chat_template_kwargs, lambda: context_of(links))
+    parts += [part_of(one, control, name, metrics, several=len(recipe.models) > 1) for one in recipe.each]
+    kv = {part.service.served.name: KvMetrics(part.router.kv) for part in parts if part.router.kv}
+    metrics.registry.register(ByModel(kv))
+    models = Models([part.service for part in parts])
     drawer = Drawer(folder / "files", recipe.frontend.files_max_bytes)
     batches = Batches(
         folder / "batches",
         drawer,
         recipe.frontend.batch_concurrency,
-        room=lambda: all(link.waiting == 0 for link in links if link.usable),
+        room=lambda model: all(link.waiting == 0 for link in links if link.usable and _serves(link, models, model)),
     )
     store = Store(folder / "responses", recipe.frontend.stored_responses)
-    gate = Gate(thresholds(recipe), pool.has_room, lambda why: metrics.refused.labels(why).inc())
-    pool.busy = gate.busy
-    service = Service(served, text, pool, metrics, gate, tokenize=recipe.engine.tokenize)
-    service.seconds_left = lambda: told(os.environ)
     app = App(
-        service,
+        models,
+        metrics,
         keys,
         store,
         Files(drawer),
@@ -224,12 +188,13 @@ async def serve(
     commander = Commander(control, recipe.name, name)
     app.admin = Admin(
         Following(RunDirectory(folder), recipe, control.attempt).look,
+        models,
+        {served.model.name: served.key for served in recipe.models},
         commander,
         lambda member: links.by_member(member) is not None,
         keys,
         recipe.engine.drain_s,
     )
-    app.admin.gate = gate
     server = Server(
         app,
         error_body,
@@ -240,7 +205,7 @@ async def serve(
     report("loading")
     settle()
     etcd = Etcd(control)
-    fleet = Fleet(etcd, recipe.name, name, gate)
+    fleet = Fleet(etcd, recipe.name, name, {service.served.name: service.gate for service in models.services})
     app.admin.change_limits = fleet.change
     before = known.read()
     if before:
@@ -250,7 +215,7 @@ async def serve(
             group.create_task(known.keep(links), name="known"),
             group.create_task(follow(etcd, recipe.name, links.update), name="discovery"),
             group.create_task(
-                follow_load(control, recipe.name, name, lambda event: note(links, router, event)), name="load"
+                follow_load(control, recipe.name, name, lambda event: note(links, parts, event)), name="load"
             ),
             group.create_task(fleet.follow(), name="fleet"),
             group.create_task(links.keep(), name="links"),
@@ -258,8 +223,11 @@ async def serve(
             group.create_task(commander.keep(), name="commands"),
             group.create_task(keys.follow(), name="keys"),
         ]
-        if router.kv:
-            tasks.append(group.create_task(plane.keep(router.kv.view, router.kv.book, cards), name="kv"))
+        tasks += [
+            group.create_task(part.plane.keep(part.router.kv.view, part.router.kv.book, part.cards), name="kv")
+            for part in parts
+            if part.router.kv
+        ]
         # One that comes back while others serve must not answer, for want of a view, that there is nobody.
         await links.settle(SETTLE_S)
         listening = [await loop.create_server(server.protocol, sock=item, backlog=4096, ssl=secure) for item in sockets]
@@ -276,10 +244,12 @@ async def serve(
         report("ready")
         await stop.wait()
         report("draining")
-        app.draining = True
+        models.drain()
         with contextlib.suppress(OSError, msgspec.DecodeError, TimeoutError):  # nobody waits for the shared file system
             async with asyncio.timeout(MOVED_S):
-                service.moved = await asyncio.to_thread(RunDirectory(folder).moved)
+                moved = await asyncio.to_thread(RunDirectory(folder).moved)
+                for part in parts:
+                    part.service.moved = moved
         await drain(app, listening, server, links, recipe.engine.drain_s)
         for task in tasks:
             task.cancel()
@@ -388,12 +358,13 @@ def tracer_of(recipe: Recipe, name: str) -> Tracer:
 
 async def drain(app: App, listening: Sequence[asyncio.Server], server: Server, links: Links, timeout_s: float) -> None:
     """Refuse what is new, let what runs finish for that long, end the rest with an error, then close every connection."""
-    app.draining = True
+    app.models.drain()
     running = [item.task for item in server.connections if item.task]
     if running:
         _, late = await asyncio.wait(running, timeout=timeout_s)
         if late:
-            app.service.gate.refuse_all(STOPPING)
+            for service in app.models.services:
+                service.gate.refuse_all(STOPPING)
             links.abort(STOPPING)
             await asyncio.wait(late, timeout=FLUSH_S)
     for listener in listening:
@@ -403,21 +374,79 @@ async def drain(app: App, listening: Sequence[asyncio.Server], server: Server, l
     await server.wait_closed(FLUSH_S)
 
 
-class Readiness:
-    """Says so in the log when the deployment begins or ceases to be able to answer."""
+class Part:
+    """What a frontend has of one model: its workers, how they are chosen, and what its requests are answered from."""
 
-    def __init__(self) -> None:
+    def __init__(self, service: Service, workers: Workers, router: Router, plane: KvPlane) -> None:
+        self.service = service
+        self.workers = workers
+        self.router = router
+        self.plane = plane
         self._missing: list[Kind] | None = None
 
-    def look(self, pool: Pool) -> None:
-        """Compare with what was so before."""
-        missing = pool.missing
+    def follow(self, links: Links) -> None:
+        """Workers came, went, or are usable no more or again; says so in the log where it changes what can be answered."""
+        self.workers.follow(links)
+        if self.router.kv:
+            self.router.kv.view.follow(self.cards())
+        missing = self.service.pool.missing
         if missing != self._missing:
             self._missing = missing
-            log.info(
-                "requests are routed" if not missing else "no %s worker is ready",
-                *([", ".join(missing)] if missing else []),
-            )
+            of = f" of the model {self.service.served.name}" if self.service.one_of_several else ""
+            if missing:
+                log.info("no %s worker%s is ready", ", ".join(missing), of)
+            else:
+                log.info("requests%s are routed", of)
+
+    def cards(self) -> list[Card]:
+        """Of the workers that cache prompts."""
+        return [link.card for link in self.workers if link.card.kind is not Kind.ENCODE]
+
+
+def part_of(recipe: Recipe, control: Control, name: str, every: Metrics, several: bool) -> Part:
+    """Make the part of the model of a recipe of one; `several` says whether the deployment serves others too.
+
+    Raises:
+        ConfigError: Its tokenizer or chat template cannot be read.
+    """
+    metrics, workers = every.of(recipe.model.name), Workers(recipe.model.name)
+    plane = KvPlane(control, recipe.name, name, alone=recipe.frontend.processes == 1)
+    router = router_of(recipe, plane)
+    pool = Pool(
+        workers,
+        router.choose,
+        recipe.disaggregated,
+        lambda kind: metrics.legs(kind).inc(),
+        needed=tuple(role.kind for role in recipe.roles),
+        local=local_prefill(recipe),
+        on_local=lambda reason: metrics.local_prefills(reason).inc(),
+        on_resumed=metrics.resumed.inc,
+        router=router,
+        attempts=recipe.failover.max_attempts,
+    )
+
+    def count(kind: Kind) -> int:
+        return len(pool.usable(kind))
+
+    for role in recipe.roles:
+        metrics.usable_workers(role.kind).set_function(functools.partial(count, role.kind))
+    served = Served(
+        name=recipe.model.name,
+        max_model_len=lambda: workers.context,
+        adapters=lambda: pool.adapters,
+        created=int(time.time()),
+        version=lambda: workers.version,
+    )
+    serving = serving_options(recipe, recipe.roles[-1])
+    model, arguments = Path(recipe.model.path), merged(recipe, recipe.roles[-1])
+    text = None
+    if not worker_tokenizes(recipe.engine.tokenize, model, arguments):
+        text = Text(model, serving.chat_template, serving.default_chat_template_kwargs, lambda: workers.context)
+    gate = Gate(thresholds(recipe), pool.has_room, lambda why: metrics.refused(why).inc())
+    pool.busy = gate.busy
+    service = Service(served, text, pool, metrics, gate, tokenize=recipe.engine.tokenize, one_of_several=several)
+    service.seconds_left = lambda: told(os.environ)
+    return Part(service, workers, router, plane)
 
 
 def router_of(recipe: Recipe, plane: KvPlane) -> Router:
@@ -475,22 +504,26 @@ def connection_limits(recipe: Recipe) -> ConnectionLimits:
     )
 
 
-def context_of(links: Links) -> int:
-    """The shortest context among the workers; 0 while there is none."""
-    return min((link.card.max_model_len for link in links), default=0)
-
-
-def note(links: Links, router: Router, event: LoadEvent) -> None:
-    """Keep what a worker reported for the router."""
+def note(links: Links, parts: Sequence[Part], event: LoadEvent) -> None:
+    """Keep what a worker reported for the router of its model."""
     link = links.by_member(event.member)
     if link is None or link.card.instance != event.instance:
         return
     link.report(event.waiting, event.kv_usage)
-    if router.kv:
-        card = link.card
-        for rank in range(card.dp_first, card.dp_first + card.dp_count):
-            # Of several ranks the fullest one is reported: an excess that all share does not move a choice among them.
-            router.kv.book.reported((card.instance, rank), round(event.kv_usage * card.kv_blocks))
+    card = link.card
+    for part in parts:
+        if part.router.kv and part.workers.model == card.model:
+            for rank in range(card.dp_first, card.dp_first + card.dp_count):
+                # Of several ranks the fullest one is reported: an excess that all share does not move a choice among them.
+                part.router.kv.book.reported((card.instance, rank), round(event.kv_usage * card.kv_blocks))
+
+
+def _serves(link: Link, models: Models, name: Any) -> bool:
+    """Whether a worker would be asked for a model by that name; of a name that nobody has, none is."""
+    try:
+        return link.card.model == models.find(name if isinstance(name, str) else None).served.name
+    except ApiError:
+        return False
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """The operators' routes: operations on the live workers behind the frontend, under a key of their own.
 
     GET  /admin/members               what every worker says of itself
-    GET, POST /admin/limits           the limits of load (`workers.frontend.admission`), or other values for some, at all frontends
-    POST /admin/<operation>           {"members": [...]} or {"role": ...}, or neither for all; and the operation's arguments
+    GET, POST /admin/limits           the limits of load (`workers.frontend.admission`), or other values for some, at all frontends;
+                                      of all models, or of the one named by "model"
+    POST /admin/<operation>           {"members": [...]} or {"role": ...}, or neither for all, or {"model": ...} for all workers
+                                      of one model; and the operation's arguments
     POST /sleep?level=1, /wake_up, /pause, /resume, /reset_prefix_cache, /start_profile, /stop_profile,
          /v1/load_lora_adapter, /v1/unload_lora_adapter          the same, under vLLM's names
 
@@ -22,10 +24,10 @@ import msgspec
 from launch.errors import closest
 from launch.plan import Member, Plan
 from launch.recipe import Kind
-from workers.frontend.admission import Gate
 from workers.frontend.errors import ApiError, error_body
 from workers.frontend.http import Request
 from workers.frontend.keys import authorize
+from workers.frontend.models import Models
 from workers.frontend.reply import Reply as Answer
 from workers.runtime import commands
 from workers.runtime.commands import Command, Operation, OperationError, Reply
@@ -66,18 +68,22 @@ class Admin:
     def __init__(
         self,
         plan: Callable[[], Plan],
+        models: Models,
+        named: Mapping[str, str],
         asks: Asks,
         registered: Callable[[str], bool],
         keys: KeyRing,
         drain_s: float,
     ) -> None:
+        """Make it; `named` has the key of each model in the recipe (`Member.model`), by the name that clients use."""
+        self._models = models
+        self._named = named
         self._plan = plan
         self._asks = asks
         self._registered = registered
         self._keys = keys
         self._drain_s = drain_s
-        self.gate: Gate | None = None
-        self.change_limits: Callable[[dict[str, Any]], Awaitable[None]] | None = None
+        self.change_limits: Callable[[Sequence[str], dict[str, Any]], Awaitable[None]] | None = None
 
     @property
     def _members(self) -> dict[str, Member]:
@@ -95,8 +101,8 @@ class Admin:
             ApiError: It is not allowed, or not understood; nothing was done.
         """
         authorize(self._keys, request, Scope.ADMIN)
-        if request.path == LIMITS and self.gate is not None:
-            await self._limits(self.gate, request, connection)
+        if request.path == LIMITS:
+            await self._limits(request, connection)
             return
         listing = request.path == MEMBERS
         if request.method != ("GET" if listing else "POST"):
@@ -109,6 +115,7 @@ class Admin:
                 return
             operation, given = self._understand(request)
             targets = self._targets(operation, given)
+            self._check_adapter(operation, given, targets)
             partial = _partial(given)
             commands.arguments(operation, given)  # what is wrong for all is said once
         except OperationError as error:
@@ -119,19 +126,25 @@ class Admin:
             report["rolled_back"] = await self._roll_back(given, replies)
         self._respond(connection, report, replies)
 
-    async def _limits(self, gate: Gate, request: Request, connection: Answer) -> None:
+    async def _limits(self, request: Request, connection: Answer) -> None:
         if request.method not in ("GET", "POST"):
             raise ApiError(405, f"{LIMITS} takes GET or POST, not {request.method}")
-        values = _given(request) if request.method == "POST" else {}
-        if values and self.change_limits is not None:
-            await self.change_limits(values)
-        report = {
-            "limits": gate.whole,
-            "waiting": gate.waiting,
-            "frontends": gate.frontends,
-            "of_this_one": gate.thresholds,
-        }
-        connection.respond(200, msgspec.json.encode(report))
+        given = _given(request)
+        named = given.pop("model", None)
+        services = self._models.services if named is None else (self._models.find(str(named)),)
+        if request.method == "POST" and given and self.change_limits is not None:
+            await self.change_limits([service.served.name for service in services], given)
+        answer: dict[str, Any] = {}
+        for service in services:
+            gate = service.gate
+            answer[service.served.name] = {
+                "limits": gate.whole,
+                "waiting": gate.waiting,
+                "frontends": gate.frontends,
+                "of_this_one": gate.thresholds,
+            }
+        only = next(iter(answer.values())) if len(answer) == 1 else {}
+        connection.respond(200, msgspec.json.encode(only | {"models": answer}))
 
     def _understand(self, request: Request) -> tuple[Operation, dict[str, Any]]:
         """The operation and its arguments, from the query and the body; of a field in both the body's value counts."""
@@ -142,26 +155,47 @@ class Admin:
         return operation, {VLLM_FIELDS.get(name, name): value for name, value in given.items()}
 
     def _targets(self, operation: Operation, given: dict[str, Any]) -> list[Member]:
-        """Takes `members` and `role` out of what was given, and returns the members that are meant."""
-        names, role = given.pop("members", None), given.pop("role", None)
-        if names is not None and role is not None:
-            raise ApiError(400, "give either members or role, not both")
+        """Takes `members`, `role` and `model` out of what was given, and returns the members that are meant."""
+        names, role, model = given.pop("members", None), given.pop("role", None), given.pop("model", None)
+        if names is not None and (role is not None or model is not None):
+            raise ApiError(400, "give either members or role (and model), not both")
         if names is not None:
             names = [names] if isinstance(names, str) else names
             if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
                 raise ApiError(400, "members is a list of names", param="members")
             return [self._member(name) for name in dict.fromkeys(names)]
         found = list(self._members.values())
+        if model is not None:
+            if model not in self._named:
+                there = ", ".join(map(repr, self._named))
+                raise ApiError(404, f"there is no model {model!r} in this deployment: it serves {there}", param="model")
+            found = [member for member in found if member.model == self._named[model]]
         if role is not None:
-            found = [member for member in found if member.kind == role]
+            found = [member for member in found if role in (member.kind, member.group)]
             if not found:
-                roles = ", ".join(sorted({str(member.kind) for member in self._members.values()}))
+                roles = ", ".join(sorted({member.group for member in self._members.values()}))
                 raise ApiError(404, f"there is no {role!r} worker in this deployment: it has {roles}", param="role")
         elif operation in ADAPTERS:
             found = [member for member in found if member.kind in GENERATING]
         if not found:
             raise ApiError(404, f"this deployment has no worker for {operation}")
         return found
+
+    def _check_adapter(self, operation: Operation, given: Mapping[str, Any], targets: Sequence[Member]) -> None:
+        """An adapter belongs to one model, and its name to one of both."""
+        if operation not in (Operation.LOAD_LORA, Operation.UNLOAD_LORA):
+            return
+        keys = {member.model for member in targets}
+        bases = [name for name, key in self._named.items() if key in keys]
+        if len(bases) > 1:
+            raise ApiError(
+                400,
+                f"an adapter belongs to one model, and {' and '.join(map(repr, bases))} are meant: name it as model",
+                param="model",
+            )
+        owner = self._models.owner(str(given.get("name")))
+        if operation is Operation.LOAD_LORA and owner is not None and [owner] != bases:
+            raise ApiError(409, f"the name {given['name']!r} is taken: requests with it go to the model {owner!r}")
 
     def _member(self, name: str) -> Member:
         found = self._members.get(name)

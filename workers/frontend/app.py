@@ -18,12 +18,13 @@ from workers.frontend.files import UPLOAD, Files
 from workers.frontend.http import Request
 from workers.frontend.keys import authorize, authorize_any
 from workers.frontend.messages import CountRequest, MessageRequest, Messages
+from workers.frontend.metrics import Metrics
+from workers.frontend.models import Models
 from workers.frontend.openai import ChatRequest, CompletionRequest
 from workers.frontend.openapi import document
 from workers.frontend.reply import REQUEST_ID_HEADER, Reply, told
 from workers.frontend.responses import ResponseRequest, Responses, TokensRequest
 from workers.frontend.routes import Access, Route, Routes
-from workers.frontend.service import Service
 from workers.frontend.stored import Store
 from workers.frontend.trace import Tracer
 from workers.runtime.keys import KeyRing, Scope
@@ -36,7 +37,8 @@ class App:
 
     def __init__(
         self,
-        service: Service,
+        models: Models,
+        metrics: Metrics,
         keys: KeyRing,
         store: Store,
         files: Files,
@@ -45,18 +47,18 @@ class App:
         max_body_bytes: int,
         open_metrics: bool = False,
     ) -> None:
-        self.service = service
+        self.models = models
         self._keys = keys
         self._max_body_bytes = max_body_bytes
         self._open_metrics = open_metrics
-        self._metrics = service.metrics
+        self._metrics = metrics
         self._tracer = tracer
         self.admin: Admin | None = None
-        about, messages, responses = About(self.service), Messages(self.service), Responses(self.service, store)
+        about, messages, responses = About(models, metrics), Messages(models), Responses(models, store)
         self._routes = Routes(
             (
-                *_generating(self.service, messages, responses),
-                *_tools(self.service),
+                *_generating(models, messages, responses),
+                *_tools(models),
                 *_filing(files, batches),
                 *_telling(about, self._openapi),
             )
@@ -65,11 +67,7 @@ class App:
     @property
     def draining(self) -> bool:
         """Whether new requests are refused because the deployment stops."""
-        return self.service.draining
-
-    @draining.setter
-    def draining(self, value: bool) -> None:
-        self.service.draining = value
+        return self.models.draining
 
     async def __call__(self, request: Request, reply: Reply) -> None:
         """Answer one request."""
@@ -117,19 +115,19 @@ class App:
         reply.respond(200, document(self._routes.all), told(request))
 
 
-def _generating(service: Service, messages: Messages, responses: Responses) -> Iterable[Route]:
+def _generating(models: Models, messages: Messages, responses: Responses) -> Iterable[Route]:
     post: Any = partial(Route, method="POST")
     response = "/v1/responses/{response_id}"
     yield post(
         path="/v1/chat/completions",
-        handler=partial(chats.chat, service),
+        handler=partial(chats.chat, models),
         summary="Answer a conversation",
         body=ChatRequest,
         streams=True,
     )
     yield post(
         path="/v1/completions",
-        handler=partial(chats.completion, service),
+        handler=partial(chats.completion, models),
         summary="Go on with a text",
         body=CompletionRequest,
         streams=True,
@@ -173,20 +171,20 @@ def _generating(service: Service, messages: Messages, responses: Responses) -> I
     )
 
 
-def _tools(service: Service) -> Iterable[Route]:
+def _tools(models: Models) -> Iterable[Route]:
     post: Any = partial(Route, method="POST")
     for path, name in chats.POOLING_ROUTES.items():
-        handler = partial(chats.pooling, service)
+        handler = partial(chats.pooling, models)
         yield post(path=path, handler=handler, summary=f"vLLM's {name}", body=chats.PoolingRequest)
     yield post(
         path="/tokenize",
-        handler=partial(tokens.tokenize, service),
+        handler=partial(tokens.tokenize, models),
         summary="Token ids of a text or a conversation",
         body=tokens.TokenizeRequest,
     )
     yield post(
         path="/detokenize",
-        handler=partial(tokens.detokenize, service),
+        handler=partial(tokens.detokenize, models),
         summary="The text of token ids",
         body=tokens.DetokenizeRequest,
     )

@@ -102,10 +102,10 @@ class Batches:
         folder: Where batches are.
         drawer: Where files are.
         at_once: Requests of a batch that are answered at a time.
-        room: Whether the workers could do with more requests than they have.
+        room: Whether the workers of a model, as a request calls it, could do with more requests than they have.
     """
 
-    def __init__(self, folder: Path, drawer: Drawer, at_once: int, room: Callable[[], bool]) -> None:
+    def __init__(self, folder: Path, drawer: Drawer, at_once: int, room: Callable[[Any], bool]) -> None:
         self._folder = folder
         self._drawer = drawer
         self._at_once = at_once
@@ -198,7 +198,7 @@ class Batches:
     async def _answer(self, batch: Batch, todo: Iterator[Line], answers: Answers, ask: Ask) -> None:
         """Answer one request after the other, while any is left."""
         for line in todo:
-            while not self._room():  # noqa: ASYNC110 - how busy the workers are comes as reports, not as an event
+            while not self._room(line.body.get("model")):  # noqa: ASYNC110 - how busy the workers are comes as reports, not as an event
                 await asyncio.sleep(0.1)
             await self._one(batch, line, answers, ask)
 

@@ -8,9 +8,9 @@ from launch.recipe import Kind
 from workers.frontend.exchange import call
 from workers.frontend.generation import Generation, answer_choices, chat_of
 from workers.frontend.http import Request
+from workers.frontend.models import Models
 from workers.frontend.openai import ChatRequest, CompletionRequest, parse
 from workers.frontend.reply import REQUEST_ID_HEADER, Reply, told
-from workers.frontend.service import Service
 from workers.frontend.sources import CHARS_PER_TOKEN, source
 from workers.frontend.wishes import wishes
 from workers.runtime.wire import Shape
@@ -26,15 +26,15 @@ POOLING_ROUTES = {
 
 
 class PoolingRequest(msgspec.Struct):
-    """What the frontend reads of a request to a pooling model; it may leave out the name of the only one."""
+    """What the frontend reads of a request to a pooling model; the name of the only one may be left out."""
 
     model: str | None = None
 
 
-async def chat(service: Service, request: Request, reply: Reply) -> None:
+async def chat(models: Models, request: Request, reply: Reply) -> None:
     """POST /v1/chat/completions."""
     ask, fields = parse(request.body, ChatRequest)
-    service.admit(ask.model, generates=True)
+    service = models.admit(ask, generates=True)
     ask.check(fields)
     last = ask.messages[-1] if ask.messages else {}
     spoken = last.get("content") if ask.echo and last.get("role") == "assistant" else None
@@ -43,10 +43,10 @@ async def chat(service: Service, request: Request, reply: Reply) -> None:
     await answer_choices(service, generation, request, reply)
 
 
-async def completion(service: Service, request: Request, reply: Reply) -> None:
+async def completion(models: Models, request: Request, reply: Reply) -> None:
     """POST /v1/completions."""
     ask, fields = parse(request.body, CompletionRequest)
-    service.admit(ask.model, generates=True)
+    service = models.admit(ask, generates=True)
     ask.check(fields)
     texts = ask.prompts()
     special = ask.add_special_tokens is not False
@@ -57,11 +57,10 @@ async def completion(service: Service, request: Request, reply: Reply) -> None:
     await answer_choices(service, Generation(Shape.COMPLETION, ask, fields, prompts, echoes, made), request, reply)
 
 
-async def pooling(service: Service, request: Request, reply: Reply) -> None:
+async def pooling(models: Models, request: Request, reply: Reply) -> None:
     """Embeddings and the like: the body goes to a worker as it came."""
     ask, fields = parse(request.body, PoolingRequest)
-    model = ask.model or service.served.name
-    service.admit(model, generates=False)
+    service = models.admit(ask, generates=False)
     route = POOLING_ROUTES[request.path]
     request_id, key = request.headers[REQUEST_ID_HEADER], request.key_id
     guess = len(request.body) // CHARS_PER_TOKEN
@@ -74,7 +73,7 @@ async def pooling(service: Service, request: Request, reply: Reply) -> None:
             request_id,
             route,
             request.body,
-            service.adapter(model),
+            service.adapter(ask.model),
             wishes(request.headers, fields),
         )
     service.metrics.prompt_tokens.inc(called.prompt_tokens)

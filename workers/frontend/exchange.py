@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ from workers.frontend.admission import Thresholds
 from workers.frontend.book import Key
 from workers.frontend.errors import ApiError
 from workers.frontend.kv_router import KvBooking
-from workers.frontend.links import LOST, Link, Links
+from workers.frontend.links import LOST, Link
 from workers.frontend.local import LocalPrefill, Reason
 from workers.frontend.pairs import Pairs
 from workers.frontend.router import Mode, Router
@@ -123,7 +123,7 @@ class Pool:
 
     def __init__(
         self,
-        links: Links,
+        links: Iterable[Link],
         choose: Mapping[Kind, Mode],
         disaggregated: bool,
         on_leg: Callable[[Kind], None],

@@ -1,7 +1,7 @@
 """What the frontends of a deployment share: how many of them serve, and the limits that operators have set while they do.
 
-Both are in etcd: `/baton/<deployment>/frontends/live/<name>` under a lease for each one, and `.../frontends/limits` for good. Each
-frontend enforces its part of the limits (`admission.Thresholds.part`), so that all together keep what the recipe or an operator says.
+Both are in etcd: `/baton/<deployment>/frontends/live/<name>` under a lease for each one, and `.../frontends/limits` for good, by
+model. Each frontend enforces its part of them (`admission.Thresholds.part`), so that all together keep what the recipe or an operator says.
 While etcd is away what was known last holds.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -26,22 +27,25 @@ RETRY_S = 0.3
 class Fleet:
     """One frontend among the others; `follow` must run all the time, and `keep` while it serves."""
 
-    def __init__(self, etcd: Etcd, deployment: str, name: str, gate: Gate) -> None:
+    def __init__(self, etcd: Etcd, deployment: str, name: str, gates: Mapping[str, Gate]) -> None:
+        """Make it; `gates` by model."""
         self._etcd = etcd
         self._root = f"/baton/{deployment}/frontends/"
         self._name = name
-        self._gate = gate
-        self._changes: dict[str, Any] = {}
+        self._gates = gates
+        self._changes: dict[str, dict[str, Any]] = {}
         self._others: set[str] = set()
 
-    async def change(self, values: dict[str, Any]) -> None:
-        """Change limits of the whole deployment, for as long as it runs.
+    async def change(self, models: Sequence[str], values: dict[str, Any]) -> None:
+        """Change limits of these models, for as long as the deployment runs.
 
         Raises:
             ApiError: 400, naming what is wrong; 503, etcd does not answer. Nothing was changed then.
         """
-        now = self._gate.whole.changed(values)
-        changes = self._changes | {name: getattr(now, name) for name in values}
+        changes = dict(self._changes)
+        for model in models:
+            now = self._gates[model].whole.changed(values)
+            changes[model] = changes.get(model, {}) | {name: getattr(now, name) for name in values}
         try:
             await self._etcd.put(self._limits, msgspec.json.encode(changes))
         except EtcdError as error:
@@ -108,16 +112,20 @@ class Fleet:
     def _divide(self) -> None:
         """This frontend counts itself from the first: in the second before it is told of, all together allow a little more."""
         names = sorted(self._others | {self._own})
-        self._gate.divide(names.index(self._own), len(names))
+        for gate in self._gates.values():
+            gate.divide(names.index(self._own), len(names))
 
     def _read(self, value: bytes) -> None:
         try:
-            self._set(msgspec.json.decode(value, type=dict[str, Any]))
-        except (msgspec.DecodeError, ApiError) as error:
-            log.error("%s in etcd is not understood (%s); left as it was", self._limits, error)
+            self._set(msgspec.json.decode(value, type=dict[str, dict[str, Any]]))
+        except (msgspec.DecodeError, ApiError, KeyError) as error:
+            log.error("%s in etcd is not understood (%r); left as it was", self._limits, error)
 
-    def _set(self, changes: dict[str, Any]) -> None:
-        if changes != self._changes:
-            self._gate.change({name: value for name, value in changes.items() if self._changes.get(name) != value})
-            self._changes = changes
-            log.info("limits of all frontends together are now %s", self._gate.whole)
+    def _set(self, changes: dict[str, dict[str, Any]]) -> None:
+        for model, values in changes.items():
+            before = self._changes.get(model, {})
+            if values != before:
+                gate = self._gates[model]
+                gate.change({name: value for name, value in values.items() if before.get(name) != value})
+                log.info("limits of all frontends together for the model %s are now %s", model, gate.whole)
+        self._changes = changes

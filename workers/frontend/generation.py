@@ -21,7 +21,7 @@ from workers.frontend import sources
 from workers.frontend.errors import ApiError
 from workers.frontend.exchange import Answered, Pool, Question, Relay, answer
 from workers.frontend.http import Request
-from workers.frontend.metrics import Metrics
+from workers.frontend.metrics import ModelMetrics
 from workers.frontend.openai import ChatRequest, Common, CompletionRequest, options
 from workers.frontend.reply import REQUEST_ID_HEADER, Reply, told
 from workers.frontend.service import Service
@@ -279,7 +279,7 @@ async def _all_answers(pool: Pool, questions: list[Question], relays: list[Relay
     return [task.result() for task in tasks]
 
 
-def _counted(metrics: Metrics, generation: Generation, ends: list[Answered]) -> str:
+def _counted(metrics: ModelMetrics, generation: Generation, ends: list[Answered]) -> str:
     """The usage of all choices together, counted: a prompt counts once, however many answers it got."""
     prompt = sum(end.prompt_tokens for end in ends[:: generation.choices])
     completion = sum(end.completion_tokens for end in ends)
@@ -300,7 +300,7 @@ class Streamed:
 
     __slots__ = ("_asked", "_header", "_metrics", "_reply", "begun")
 
-    def __init__(self, reply: Reply, header: bytes, metrics: Metrics) -> None:
+    def __init__(self, reply: Reply, header: bytes, metrics: ModelMetrics) -> None:
         self.begun = False
         self._reply = reply
         self._header = header

@@ -12,9 +12,9 @@ import msgspec
 from workers.frontend.errors import ApiError
 from workers.frontend.generation import answer_whole, chat_of
 from workers.frontend.http import Request
+from workers.frontend.models import Models
 from workers.frontend.openai import Positive, Word, chat_from, parse
 from workers.frontend.reply import Reply, told
-from workers.frontend.service import Service
 from workers.frontend.text import Text
 from workers.runtime.wire import Shape
 
@@ -133,34 +133,34 @@ class MessageRequest(CountRequest, kw_only=True):
 class Messages:
     """The routes of this API."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._dialect = Dialect.of(service.local_text) if service.local_text else Dialect(True, "low")
+    def __init__(self, models: Models) -> None:
+        self._models = models
+        self._dialects = {service.served.name: Dialect.of(service.local_text) for service in models.services}
 
     async def create(self, request: Request, reply: Reply) -> None:
         """POST /v1/messages."""
         ask, fields = parse(request.body, MessageRequest)
-        self._service.admit(ask.model, generates=True)
+        service = self._models.admit(ask, generates=True)
         ask.check()
-        chat = as_chat(ask, self._dialect) | {
+        chat = as_chat(ask, self._dialects[service.served.name]) | {
             "stream": ask.stream,
             "max_tokens": ask.max_tokens,
             "stop": ask.stop_sequences,
             **{name: fields[name] for name in SAME if fields.get(name) is not None},
         }
         read, chat = chat_from(chat)
-        generation = await chat_of(self._service, Shape.MESSAGE, read, chat, len(request.body))
-        generation.check(self._service.context())
+        generation = await chat_of(service, Shape.MESSAGE, read, chat, len(request.body))
+        generation.check(service.context())
         model = msgspec.json.encode(ask.model).decode()
         head = f'{{"id":"{generation.id}","type":"message","role":"assistant","model":{model},'
-        await answer_whole(self._service, generation, head, request, reply, error_event)
+        await answer_whole(service, generation, head, request, reply, error_event)
 
     async def count(self, request: Request, reply: Reply) -> None:
         """POST /v1/messages/count_tokens."""
         ask, _ = parse(request.body, CountRequest)
-        self._service.admit(ask.model, generates=True)
-        read, _ = chat_from(as_chat(ask, self._dialect))
-        ids = await self._service.tokenized(len(request.body), lambda: self._service.chat_ids(read))
+        service = self._models.admit(ask, generates=True)
+        read, _ = chat_from(as_chat(ask, self._dialects[service.served.name]))
+        ids = await service.tokenized(len(request.body), lambda: service.chat_ids(read))
         tokens = len(ids) // 4
         answer = {"input_tokens": tokens, "context_management": {"original_input_tokens": tokens}}
         reply.respond(200, msgspec.json.encode(answer), told(request))
@@ -182,8 +182,10 @@ class Dialect(msgspec.Struct, frozen=True):
     no_effort: str
 
     @classmethod
-    def of(cls, text: Text) -> Dialect:
-        """Find out by trying."""
+    def of(cls, text: Text | None) -> Dialect:
+        """Find out by trying; without a template of our own, a worker's is taken to refuse the most."""
+        if text is None:
+            return cls(system_first=True, no_effort="low")
         turns = [{"role": role, "content": "t"} for role in ("system", "user", "system", "user")]
         none = _tried(text, [turns[1]], "none")
         heeded = none is not None and all(_tried(text, [turns[1]], effort) != none for effort in EFFORTS)

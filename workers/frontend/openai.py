@@ -40,7 +40,7 @@ class StreamOptions(msgspec.Struct, kw_only=True):
 class Common(msgspec.Struct, kw_only=True):
     """What both APIs take and the frontend reads."""
 
-    model: str
+    model: str | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: Word | None | msgspec.UnsetType = msgspec.UNSET

@@ -17,9 +17,9 @@ import msgspec
 from workers.frontend.errors import ApiError
 from workers.frontend.generation import Generation, answer_whole, chat_of
 from workers.frontend.http import Request
+from workers.frontend.models import Models
 from workers.frontend.openai import ChatRequest, Positive, Word, chat_from, parse
 from workers.frontend.reply import Reply, told
-from workers.frontend.service import Service
 from workers.frontend.stored import Store, Stored
 from workers.runtime.wire import Shape
 
@@ -65,7 +65,7 @@ class TextConfig(msgspec.Struct, kw_only=True):
 class TokensRequest(msgspec.Struct, kw_only=True):
     """POST /v1/responses/input_tokens."""
 
-    model: str
+    model: str | None = None
     input: str | list[Any] | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
@@ -106,31 +106,31 @@ class ResponseRequest(TokensRequest, kw_only=True):
 class Responses:
     """The routes of this API."""
 
-    def __init__(self, service: Service, store: Store) -> None:
-        self._service = service
+    def __init__(self, models: Models, store: Store) -> None:
+        self._models = models
         self._store = store
 
     async def create(self, request: Request, reply: Reply) -> None:
         """POST /v1/responses."""
         ask, fields = parse(request.body, ResponseRequest)
-        self._service.admit(ask.model, generates=True)
+        service = self._models.admit(ask, generates=True)
         self._check(ask, fields)
         earlier = await self._earlier(ask.previous_response_id)
         read, chat = self._chat(ask, fields, earlier)
-        generation = await chat_of(self._service, Shape.RESPONSE, read, chat, len(request.body))
-        context = self._service.context()
+        generation = await chat_of(service, Shape.RESPONSE, read, chat, len(request.body))
+        context = service.context()
         generation.check(context)
         room = context - len(generation.prompts[0]) // 4
         head = _head(ask, generation, min(ask.max_output_tokens or room, room))
         keep = self._keeper(generation, chat["messages"], ask) if ask.store is not False and self._store.keeps else None
-        await answer_whole(self._service, generation, head, request, reply, error_event, keep)
+        await answer_whole(service, generation, head, request, reply, error_event, keep)
 
     async def count(self, request: Request, reply: Reply) -> None:
         """POST /v1/responses/input_tokens."""
         ask, fields = parse(request.body, TokensRequest)
-        self._service.admit(ask.model, generates=True)
+        service = self._models.admit(ask, generates=True)
         read, _ = self._chat(ask, fields, await self._earlier(ask.previous_response_id))
-        ids = await self._service.tokenized(len(request.body), lambda: self._service.chat_ids(read))
+        ids = await service.tokenized(len(request.body), lambda: service.chat_ids(read))
         answer = {"object": "response.input_tokens", "input_tokens": len(ids) // 4}
         reply.respond(200, msgspec.json.encode(answer), told(request))
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from launch.recipe import Kind, RouterMode
+from launch.recipe import Kind, RouterMode, kind_of
 from workers.frontend.errors import ApiError
 from workers.frontend.kv_router import Ask, KvBooking, KvCandidate, KvRouter
 
@@ -138,7 +138,7 @@ class Router:
             ApiError: The client named a worker and may not, or that one is not there, or it had to and did not.
         """
         index: int | None = None
-        named = [name for name in ask.wishes.members if name.startswith(f"{kind}-")]
+        named = [name for name in ask.wishes.members if kind_of(name) == kind]
         if ask.wishes.members and not self.direct:
             raise ApiError(
                 403, "workers are chosen by the router here: launch with frontend.router_direct=true to name them"

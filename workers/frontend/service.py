@@ -1,4 +1,4 @@
-"""What all routes answer from: the model, its tokenizer, its workers, and what is counted."""
+"""What routes answer from: a model, its tokenizer, its workers, and what is counted of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launch.records import STOPPING
 from workers.frontend.admission import Gate
 from workers.frontend.errors import ApiError
 from workers.frontend.exchange import Pool
-from workers.frontend.metrics import Metrics
+from workers.frontend.metrics import ModelMetrics
 from workers.frontend.openai import ChatRequest
 from workers.frontend.sources import has_media, source
 from workers.frontend.text import Text
@@ -24,7 +24,7 @@ MAX_ID = 2**31 - 1  # what travels; the engine knows its vocabulary
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """The model of the deployment."""
+    """A model of the deployment."""
 
     name: str
     max_model_len: Callable[[], int]
@@ -46,9 +46,11 @@ class Service:
     served: Served
     local_text: Text | None
     pool: Pool
-    metrics: Metrics
+    metrics: ModelMetrics
     gate: Gate
     tokenize: Tokenize = Tokenize.AUTO
+    one_of_several: bool = False
+    """Whether the deployment serves other models too, so that what is said has to tell which is meant."""
     draining: bool = False
     moved: str | None = None
     """The URL that serves instead, once it is draining."""
@@ -69,29 +71,16 @@ class Service:
             raise ApiError(501, "this model's prompts are made by its workers, and this needs the frontend's tokenizer")
         return self.local_text
 
-    def know(self, model: str) -> None:
-        """Refuse a model that is not served.
-
-        Raises:
-            ApiError: 404.
-        """
-        if model != self.served.name and model not in (adapters := self.served.adapters()):
-            serves = ", ".join(map(repr, (self.served.name, *adapters)))
-            raise ApiError(404, f"the model {model!r} does not exist; this deployment serves {serves}", "model")
-
     def admit(self, model: str, generates: bool) -> None:
         """Refuse what cannot be answered now.
 
         Args:
-            model: Name that the client gave.
+            model: Name that the client gave: this model's, or that of one of its adapters.
             generates: Whether text is asked for, not vectors or scores.
 
         Raises:
-            ApiError: 404, 400 or 503.
+            ApiError: 400 or 503.
         """
-        if model != self.served.name and self.pool.unable:  # nobody is there to say which adapters there are
-            raise ApiError(503, self.reason(self.pool.unable), retry_after_s=1)
-        self.know(model)
         if generates is self.pool.pooling:
             can = "computes embeddings and scores" if self.pool.pooling else "generates text"
             raise ApiError(400, f"the model {model!r} {can} and cannot answer this", "model")
@@ -112,15 +101,16 @@ class Service:
             raise ApiError(503, self.reason(self.pool.missing), retry_after_s=1)
         return length
 
-    def adapter(self, model: str) -> str:
+    def adapter(self, model: str | None) -> str:
         """The LoRA adapter that a model's name stands for; "" for the model itself."""
-        return "" if model == self.served.name else model
+        return "" if not model or model == self.served.name else model
 
     def reason(self, missing: list[Kind]) -> str:
         """Why something cannot be answered."""
         if self.draining:
             return f"{STOPPING}: {self.moved} serves instead" if self.moved else STOPPING
-        return f"no {' and no '.join(missing)} worker is ready"
+        whose = f" of the model {self.served.name!r}" if self.one_of_several else ""
+        return f"no {' and no '.join(missing)} worker{whose} is ready"
 
     async def tokenized(self, size: int, work: Callable[[], bytes]) -> bytes:
         """Long texts are tokenized in a thread: the tokenizer lets go of the GIL, and other streams go on."""

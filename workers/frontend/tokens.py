@@ -8,6 +8,7 @@ import msgspec
 
 from workers.frontend.errors import ApiError
 from workers.frontend.http import Request
+from workers.frontend.models import Models
 from workers.frontend.openai import parse
 from workers.frontend.reply import Reply, told
 from workers.frontend.service import Service
@@ -36,10 +37,10 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
     model: str | None = None
 
 
-async def tokenize(service: Service, request: Request, reply: Reply) -> None:
+async def tokenize(models: Models, request: Request, reply: Reply) -> None:
     """POST /tokenize."""
     ask, _ = parse(request.body, TokenizeRequest)
-    service.know(ask.model or service.served.name)
+    service = models.find(ask.model)
     ids = unpack(await _tokenized(service, ask, len(request.body)))
     answer = {
         "count": len(ids),
@@ -50,10 +51,10 @@ async def tokenize(service: Service, request: Request, reply: Reply) -> None:
     reply.respond(200, msgspec.json.encode(answer), told(request))
 
 
-async def detokenize(service: Service, request: Request, reply: Reply) -> None:
+async def detokenize(models: Models, request: Request, reply: Reply) -> None:
     """POST /detokenize."""
     ask, _ = parse(request.body, DetokenizeRequest)
-    service.know(ask.model or service.served.name)
+    service = models.find(ask.model)
     if any(token >= service.text.vocabulary for token in ask.tokens):
         raise ApiError(400, f"tokens has ids outside 0 to {service.text.vocabulary - 1}", "tokens")
     reply.respond(200, msgspec.json.encode({"prompt": service.text.decode(ask.tokens)}), told(request))
