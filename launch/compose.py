@@ -62,7 +62,12 @@ from workers.engine.model import read_shape
 
 E = TypeVar("E", bound=StrEnum)
 GROUPS = ("recipe", "cluster")
-TINY = {"tiny:": Tiny.TEXT, "tiny-vision:": Tiny.VISION}
+TINY = {
+    "tiny:": Tiny.TEXT,
+    "tiny-vision:": Tiny.VISION,
+    "tiny-audio:": Tiny.AUDIO,
+    "tiny-video:": Tiny.VIDEO,
+}
 HUGGING_FACE = "hf:"
 FREE_FORM = re.compile(r"\.(args|env|sbatch)\.")
 
