@@ -57,8 +57,9 @@ class RolesConf:
 class ModelConf:
     path: str = MISSING
     """Folder of the weights and tokenizer, the same path on every node. A model that the project makes itself is written
-    tiny:<folder>, or tiny-vision:<folder> for one that sees images; it is created there when it is missing. A snapshot in
-    this user's cache of Hugging Face is written hf:<owner>/<name>@<revision>; without a revision it is what main is now."""
+    tiny:<folder>; one that also sees images tiny-vision:<folder>, hears tiny-audio:<folder>, watches video
+    tiny-video:<folder>; it is created there when it is missing. A snapshot in this user's cache of Hugging Face is written
+    hf:<owner>/<name>@<revision>; without a revision it is what main is now."""
     name: str | None = None
     """Name that clients send as "model"; by default the last part of the path."""
 

@@ -67,7 +67,12 @@ from workers.engine.model import read_shape
 E = TypeVar("E", bound=StrEnum)
 C = TypeVar("C", schema.EngineConf, schema.FrontendConf)
 GROUPS = ("recipe", "cluster")
-TINY = {"tiny:": Tiny.TEXT, "tiny-vision:": Tiny.VISION}
+TINY = {
+    "tiny:": Tiny.TEXT,
+    "tiny-vision:": Tiny.VISION,
+    "tiny-audio:": Tiny.AUDIO,
+    "tiny-video:": Tiny.VIDEO,
+}
 HUGGING_FACE = "hf:"
 FREE_FORM = re.compile(r"\.(args|env|sbatch)\.|^models\.[^.]+\.(engine|frontend)\.")
 

@@ -86,10 +86,12 @@ class Tokenize(StrEnum):
 
 
 class Tiny(StrEnum):
-    """The models that the project makes itself: one that reads text, and one that also sees images."""
+    """The models that the project makes itself: one reads text, others also see images, hear, or watch video."""
 
     TEXT = "text"
     VISION = "vision"
+    AUDIO = "audio"
+    VIDEO = "video"
 
 
 class LoadFailure(StrEnum):

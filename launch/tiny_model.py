@@ -1,4 +1,4 @@
-"""A tiny Llama-shaped model folder for tests, made in about a second without the network; on request one that sees.
+"""A tiny Llama-shaped model folder for tests, made in about a second without the network; on request one that sees or hears.
 
 The weights are random but scaled so that greedy text is varied, depends on the whole prompt and has clear
 winners at each step. The tokenizer is a byte-level BPE, so every UTF-8 text survives encode and decode.
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from tokenizers import Tokenizer
 
+    from launch.tiny_audio import Hearing
+    from launch.tiny_video import Watching
     from launch.tiny_vision import Vision
 
     Array = npt.NDArray[np.float32]
@@ -46,7 +48,12 @@ SPECIALS = (PAD, BEGIN, END, "<|system|>", "<|user|>", "<|assistant|>", "<|tool|
 MARKS = ("<think>", "</think>")
 
 STAMP = "tiny_model.stamp.json"
-VISION_SEED = 1 << 32
+# The module beside this one that makes the further parts of each kind, and what shifts the seed of their random numbers.
+PARTS = {
+    Tiny.VISION: ("tiny_vision.py", 1 << 32),
+    Tiny.AUDIO: ("tiny_audio.py", 1 << 33),
+    Tiny.VIDEO: ("tiny_video.py", 1 << 34),
+}
 
 # Found by trial, so that greedy text is varied, never loops, and follows each token of the prompt.
 # Per head: how uneven its attention is. The first two heads pick tokens anywhere in the prompt; the last two
@@ -133,7 +140,7 @@ ENDINGS = ("", "s", "ed", "ing", "er", "able", "ment", "ful")
 def make_tiny_model(folder: Path, *, kind: Tiny = Tiny.TEXT, seed: int = 0) -> Path:
     """Make `folder` hold the tiny model of this kind and seed, and return it.
 
-    The kind that sees images is the one that does not, with a vision tower beside it (`launch.tiny_vision`).
+    The kinds that see and hear are the one that reads, with a tower beside it (`launch.tiny_vision`, `tiny_audio`, `tiny_video`).
 
     The same modules, kind and seed give the same bytes on each run. Nothing is written when the folder already holds
     exactly this model. The folder appears whole or not at all, whoever else calls this at the same time.
@@ -165,7 +172,7 @@ def main() -> None:
 
 def _recipe(kind: Tiny, seed: int) -> dict[str, Any]:
     """What makes two models equal: the sources, the kind and the seed."""
-    sources = [Path(__file__)] + ([Path(__file__).with_name("tiny_vision.py")] if kind is Tiny.VISION else [])
+    sources = [Path(__file__)] + ([Path(__file__).with_name(PARTS[kind][0])] if kind in PARTS else [])
     return {"sources": [_digest(path) for path in sources], "kind": str(kind), "seed": seed}
 
 
@@ -225,12 +232,12 @@ def _write(folder: Path, kind: Tiny, seed: int) -> None:
 
     tokenizer = _tokenizer()
     weights, config, tokenizer_config = _weights(seed, _speakable(tokenizer)), _config(), _tokenizer_config()
-    if kind is Tiny.VISION:
-        vision = _vision(seed)
-        tokenizer.add_tokens(vision.added_tokens())
-        weights, config = vision.weights(weights), vision.config(config)
-        tokenizer_config |= vision.tokenizer_config
-        for name, content in vision.processor_files().items():
+    if kind in PARTS:
+        tower = _tower(kind, seed)
+        tokenizer.add_tokens(tower.added_tokens())
+        weights, config = tower.weights(weights), tower.config(config)
+        tokenizer_config |= tower.tokenizer_config
+        for name, content in tower.processor_files().items():
             _write_json(folder / name, content)
     # Not save_file: it makes a file that only its owner may read.
     (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
@@ -242,11 +249,16 @@ def _write(folder: Path, kind: Tiny, seed: int) -> None:
     _write_json(folder / STAMP, {"recipe": _recipe(kind, seed), "files": files})
 
 
-def _vision(seed: int) -> Vision:
-    """The tower that sees, with a stream of numbers of its own: the language model is the same with it and without."""
+def _tower(kind: Tiny, seed: int) -> Vision | Hearing | Watching:
+    """What sees or hears, with a stream of numbers of its own: the language model is the same with it and without."""
+    from launch.tiny_audio import Hearing
+    from launch.tiny_video import Watching
     from launch.tiny_vision import Vision
 
-    return Vision(_Noise(seed + VISION_SEED).matrix, text_vocab=VOCAB, text_hidden=HIDDEN)
+    kinds: dict[Tiny, type[Vision | Hearing | Watching]]
+    kinds = {Tiny.VISION: Vision, Tiny.AUDIO: Hearing, Tiny.VIDEO: Watching}
+    made = kinds[kind]
+    return made(_Noise(seed + PARTS[kind][1]).matrix, text_vocab=VOCAB, text_hidden=HIDDEN)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -274,3 +274,33 @@ def _until(condition: Any, timeout_s: float = 10) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.02)
+
+
+def test_recordings_are_uploaded(echo: Deployment) -> None:
+    """With OpenAI's own client, whole and as a stream; an echo tells what it got of them."""
+    audio = echo.client.audio
+    file = ("low.wav", bytes(2_000_000))
+    whole = audio.transcriptions.create(model="tiny", file=file)
+    with audio.transcriptions.create(model="tiny", file=file, stream=True) as stream:
+        events: Any = list(stream)
+    said = "".join(choice["delta"]["content"] for event in events for choice in event.choices)
+
+    assert whole.text == said.strip() == "2000000 bytes of low.wav"
+    with pytest.deprecated_call():  # in the client, not in the API
+        assert audio.translations.create(model="tiny", file=file).text == whole.text
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        pytest.param({"json": {"model": "tiny"}}, 415, id="JSON"),
+        pytest.param({"data": {"model": "tiny"}, "files": {"other": b"x"}}, 400, id="no file"),
+        pytest.param({"data": {"model": "nobody"}, "files": {"file": b"x"}}, 404, id="another model"),
+    ],
+)
+def test_uploads_that_make_no_sense_are_refused(echo: Deployment, sent: dict[str, Any], status: int) -> None:
+    """In OpenAI's shape."""
+    refused = echo.http.post(f"{echo.endpoint.url}/audio/transcriptions", **sent)
+
+    assert refused.status_code == status
+    assert refused.json()["error"]["code"] == status

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -147,8 +147,10 @@ class Engine(Protocol):
         """Serve one leg, rendered where it was to be; the last piece has `finish` set."""
         ...
 
-    async def call(self, request_id: str, route: str, body: bytes) -> Response:
-        """Answer a request whole: one of vLLM's routes for pooling models."""
+    async def call(
+        self, request_id: str, route: str, body: bytes, say: Callable[[bytes], None] = lambda data: None
+    ) -> Response:
+        """Answer a request on one of vLLM's routes for pooling models, or for recordings; the latter may stream, by `say`."""
         ...
 
     async def release(self, request_id: str, transfer: dict[str, Any]) -> None:

@@ -15,11 +15,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from dataclasses import replace
 from typing import Any
 
+import msgspec
+
 from workers.engine import transfer
 from workers.engine.arguments import KV_LEASE_S
 from workers.engine.base import Adapter, Ask, Load, Operable, Piece, RefusedError, Response, Sizes, UnbegunError
 from workers.engine.echo_operations import EchoOperations
 from workers.engine.metrics import EngineStats
+from workers.runtime import speech
 
 MAX_MODEL_LEN = 4096
 BLOCK_SIZE = 32
@@ -132,9 +135,21 @@ class EchoEngine:
         finally:
             self.adapter_uses[ask.adapter] -= 1
 
-    async def call(self, request_id: str, route: str, body: bytes) -> Response:
-        """The body, said again."""
-        return Response(200, body)
+    async def call(
+        self, request_id: str, route: str, body: bytes, say: Callable[[bytes], None] = lambda data: None
+    ) -> Response:
+        """The body, said again; of a recording, its size."""
+        if route not in ("transcriptions", "translations"):
+            return Response(200, body)
+        recording = speech.decode(body)
+        text = f"{len(recording.file)} bytes of {recording.filename}"
+        if not recording.stream:
+            return Response(200, msgspec.json.encode({"text": text}))
+        for word in text.split():
+            say(b'data: {"choices":[{"delta":{"content":"%b "}}]}\n\n' % word.encode())
+            await self._steps.next()
+        say(b"data: [DONE]\n\n")
+        return Response(200, b"", "text/event-stream")
 
     async def release(self, request_id: str, transfer: dict[str, Any]) -> None:
         """Nothing is held; remembered for whoever asks."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,9 +18,16 @@ import requests
 from urllib3.exceptions import LocationParseError
 from urllib3.util import parse_url
 from vllm.exceptions import VLLMClientError, VLLMUnprocessableEntityError, VLLMValidationError
+from vllm.multimodal import audio
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
+from vllm.multimodal.media.audio import AudioMediaIO
+from vllm.multimodal.media.video import VideoMediaIO
+
+from workers.engine.video_limits import BoundedLoader
 
 SHOWN_CHARS = 80
+# What vLLM reads audio with, and names only when it is missing.
+AUDIO_PACKAGES = ("av", "soundfile")
 UNREACHABLE = (aiohttp.ClientError, requests.RequestException, asyncio.TimeoutError)
 
 
@@ -33,12 +41,14 @@ class GuardedConnector(MediaConnector):  # type: ignore[misc]  # mypy does not f
     def load_from_url(self, url: str, media_io: Any, *, fetch_timeout: int | None = None) -> Any:
         """See MediaConnector; raises VLLMValidationError or VLLMUnprocessableEntityError, whatever is wrong."""
         self._refuse(url)
+        _prepare(media_io)
         with _told(url):
             return super().load_from_url(url, media_io, fetch_timeout=fetch_timeout)
 
     async def load_from_url_async(self, url: str, media_io: Any, *, fetch_timeout: int | None = None) -> Any:
         """See MediaConnector; raises VLLMValidationError or VLLMUnprocessableEntityError, whatever is wrong."""
         self._refuse(url)
+        _prepare(media_io)
         with _told(url):
             return await super().load_from_url_async(url, media_io, fetch_timeout=fetch_timeout)
 
@@ -67,6 +77,33 @@ class GuardedConnector(MediaConnector):  # type: ignore[misc]  # mypy does not f
             raise VLLMValidationError(
                 f"{_shown(url)} is no data:, http: or https: URL that media could come from", parameter="messages"
             )
+
+
+if importlib.util.find_spec("torchaudio") is None:
+    # vLLM's choice for every model but one. Without it (it has no build for a CPU-only torch) all audio whose rate is not the
+    # model's own would fail.
+    audio.resample_audio_torchaudio = audio.resample_audio_pyav
+
+
+def need_audio() -> None:
+    """Say so when this worker cannot read audio at all.
+
+    Raises:
+        NotImplementedError: It cannot; vLLM's word for what a server does not do.
+    """
+    missing = [name for name in AUDIO_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise NotImplementedError(
+            f"audio is not read here: the engines' environment lacks {' and '.join(missing)} (pip install av soundfile)"
+        )
+
+
+def _prepare(media_io: Any) -> None:
+    """Bound what decoding may cost, where vLLM does not."""
+    if isinstance(media_io, AudioMediaIO):
+        need_audio()
+    elif isinstance(media_io, VideoMediaIO) and not isinstance(media_io.video_loader, BoundedLoader):
+        media_io.video_loader = BoundedLoader(media_io.video_loader)
 
 
 @contextlib.contextmanager

@@ -182,7 +182,10 @@ class RequestServer:
             self._fail(key, wire.Failed(0, 500, f"{type(error).__name__}: {error}", False))
 
     async def _call(self, key: StreamKey, request: wire.Call) -> None:
-        answered = await self._engine.call(request.request_id, request.route, request.body)
+        def say(data: bytes) -> None:
+            self._step(key[0]).deltas.append(wire.Delta(key[1], b"", data))
+
+        answered = await self._engine.call(request.request_id, request.route, request.body, say)
         self._step(key[0]).called.append(
             wire.Called(key[1], answered.status, answered.body, answered.content_type, answered.prompt_tokens)
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from workers.engine import transfer
@@ -35,11 +35,11 @@ class VllmEngine:
         from vllm import __version__
 
         # Imported now: with the first request it would hold up the loop for seconds, and frontends would take us for dead.
-        from workers.engine import pooling, vllm_request
+        from workers.engine import pooling, speech, vllm_request
         from workers.engine.reader import Reader
         from workers.engine.rendering import Rendering
 
-        self._requests, self._poolings = vllm_request, pooling
+        self._requests, self._poolings, self._speeches = vllm_request, pooling, speech
         config = llm.vllm_config
         self._llm = llm
         self._serving = serving
@@ -49,7 +49,9 @@ class VllmEngine:
         paired = passed is not None and passed.kv_role in ("kv_producer", "kv_consumer")
         paired = paired or config.ec_transfer_config is not None
         self._rendering = Rendering(llm, serving, passes_on=paired) if runner == "generate" else None
+        self._passes_on = paired
         self._pooling: Any = None
+        self._speech: Any = None
         self._peers = Peers()
         parallel = config.parallel_config
         # Of an engine over several nodes AsyncLLM counts its own ranks from 0; the deployment counts all.
@@ -123,10 +125,17 @@ class VllmEngine:
                     raise error.__cause__ from None
                 raise LostError(f"the engine failed: {type(error).__name__}") from error
 
-    async def call(self, request_id: str, route: str, body: bytes) -> Response:
-        """Answer a request whole; see `base.Engine`."""
+    async def call(
+        self, request_id: str, route: str, body: bytes, say: Callable[[bytes], None] = lambda data: None
+    ) -> Response:
+        """Answer a request on one of vLLM's further routes; see `base.Engine`."""
+        served = self._llm.model_config.served_model_name
+        if route in self._speeches.ROUTES:
+            if self._speech is None:
+                self._speech = await self._speeches.Speech.of(self._llm, served, self.adapters, self._passes_on)
+            said: Response = await self._speech.call(request_id, route, body, say)
+            return said
         if self._pooling is None:
-            served = self._llm.model_config.served_model_name
             self._pooling = await self._poolings.Pooling.of(
                 self._llm, served, self.adapters, self._serving.chat_template
             )

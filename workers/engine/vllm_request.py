@@ -6,7 +6,7 @@ would make of it (vLLM 0.32), so that both accept, refuse and mean the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from http import HTTPStatus
 from types import SimpleNamespace, TracebackType
 from typing import Any
@@ -287,11 +287,19 @@ def read_options(packed: bytes) -> dict[str, Any]:
         RefusedError: Some of it is never taken from a client.
     """
     options: dict[str, Any] = msgspec.json.decode(packed, type=dict[str, Any])
-    sent = {*options, *(options.get("vllm_xargs") or ())}
+    refuse_forbidden({*options, *(options.get("vllm_xargs") or ())})
+    return options
+
+
+def refuse_forbidden(sent: Collection[str]) -> None:
+    """Refuse names among those that a client sent which are never taken from one.
+
+    Raises:
+        RefusedError: There is one.
+    """
     for name in FORBIDDEN:
         if name in sent:
             raise RefusedError(f"{name} is made by the workers and never taken from a client", param=name)
-    return options
 
 
 def _depends_on_output(sampling: SamplingParams) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from workers.frontend import chats, tokens
+from workers.frontend import chats, speech, tokens
 from workers.frontend.about import About
 from workers.frontend.admin import Admin
 from workers.frontend.batches import Batches, BatchRequest
@@ -176,6 +176,14 @@ def _tools(models: Models) -> Iterable[Route]:
     for path, name in chats.POOLING_ROUTES.items():
         handler = partial(chats.pooling, models)
         yield post(path=path, handler=handler, summary=f"vLLM's {name}", body=chats.PoolingRequest)
+    for path, name in speech.SPEECH_ROUTES.items():
+        yield post(
+            path=path,
+            handler=partial(speech.listen, service),
+            summary=f"vLLM's {name} of a recording",
+            form=speech.UPLOAD,
+            streams=True,
+        )
     yield post(
         path="/tokenize",
         handler=partial(tokens.tokenize, models),

@@ -313,9 +313,18 @@ async def answer(pool: Pool, question: Question, relay: Relay) -> Answered:
 
 
 async def call(
-    pool: Pool, kind: Kind, request_id: str, route: str, body: bytes, adapter: str, wanted: Wishes
+    pool: Pool,
+    kind: Kind,
+    request_id: str,
+    route: str,
+    body: bytes,
+    adapter: str,
+    wanted: Wishes,
+    write: Callable[[bytes], None] = lambda data: None,
 ) -> wire.Called:
-    """Have a request answered whole by a worker of that kind; a lost one costs another attempt.
+    """Have a request answered by a worker of that kind; a lost one costs another attempt.
+
+    What the worker says before its last word goes to `write`; after that there is no further attempt.
 
     Raises:
         ApiError: The request was refused, or no attempt succeeded.
@@ -325,11 +334,11 @@ async def call(
     for attempt in range(pool.attempts):
         target = pool.pick(kind, nobody, avoid)
         pool.on_leg(kind)
-        relay = Relay(lambda data: None)
+        relay = Relay(write)
         try:
             return await _run(target, relay, lambda stream: wire.Call(stream, request_id, route, body), wire.Called)
         except LegLostError as error:
-            if attempt == pool.attempts - 1:
+            if relay.written or attempt == pool.attempts - 1:
                 raise ApiError(error.failed.status, error.failed.message, retry_after_s=1) from error
             avoid.add(error.instance)
     raise AssertionError("the last attempt returns or raises")

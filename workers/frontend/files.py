@@ -7,7 +7,6 @@ so that every frontend sees it whole or not at all.
 from __future__ import annotations
 
 import asyncio
-import io
 import re
 import secrets
 import shutil
@@ -17,11 +16,10 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import msgspec
-from python_multipart import parse_form
-from python_multipart.exceptions import FormParserError
 
 from launch.records import write
 from workers.frontend.errors import ApiError
+from workers.frontend.forms import read_form
 from workers.frontend.http import Request
 from workers.frontend.reply import Reply, told
 
@@ -137,10 +135,11 @@ class Files:
 
     async def upload(self, request: Request, reply: Reply) -> None:
         """POST /v1/files."""
-        content, filename, purpose = await asyncio.to_thread(_form, request)
+        form = await asyncio.to_thread(read_form, request)
+        purpose = form.field("purpose")
         if purpose != PURPOSE:
             raise ApiError(400, f"purpose is {PURPOSE!r}, got {purpose!r}: files serve batches here", "purpose")
-        record = await asyncio.to_thread(self._drawer.put, content, filename, purpose)
+        record = await asyncio.to_thread(self._drawer.put, form.file, form.filename, purpose)
         reply.respond(200, msgspec.json.encode(record), told(request))
 
     async def get(self, request: Request, reply: Reply, name: str) -> None:
@@ -186,35 +185,3 @@ def page(query: str, items: list[Any]) -> bytes:
     shown = found[: int(limit)]
     ends = {"first_id": shown[0].id, "last_id": shown[-1].id} if shown else {"first_id": None, "last_id": None}
     return msgspec.json.encode({"object": "list", "data": shown, **ends, "has_more": len(found) > len(shown)})
-
-
-def _form(request: Request) -> tuple[bytes, str, str]:
-    """Content, name and purpose of an uploaded file.
-
-    Raises:
-        ApiError: 400 or 415.
-    """
-    kind = request.headers.get("content-type", "")
-    if not kind.lower().startswith("multipart/form-data"):
-        raise ApiError(415, f"a file is uploaded as multipart/form-data, not {kind or 'without a content type'}")
-    fields: dict[str, str] = {}
-    files: list[tuple[bytes, str]] = []
-
-    def on_field(field: Any) -> None:
-        fields[(field.field_name or b"").decode(errors="replace")] = (field.value or b"").decode(errors="replace")
-
-    def on_file(file: Any) -> None:
-        if file.field_name == b"file":
-            file.file_object.seek(0)
-            files.append((file.file_object.read(), (file.file_name or b"").decode(errors="replace")))
-        file.close()
-
-    headers: Any = {"Content-Type": kind.encode(), "Content-Length": str(len(request.body)).encode()}
-    try:
-        parse_form(headers, io.BytesIO(request.body), on_field, on_file)
-    except (FormParserError, ValueError) as error:
-        raise ApiError(400, f"the form cannot be read: {error}") from error
-    if len(files) != 1:
-        raise ApiError(400, f"the form has {len(files)} files named 'file' where one is needed", "file")
-    (content, filename), purpose = files[0], fields.get("purpose", "")
-    return content, filename, purpose

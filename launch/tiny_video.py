@@ -1,0 +1,169 @@
+"""What makes the tiny model see images and video: a vision tower and processors, in the shape of Qwen2-VL.
+
+Its positions depend on what it sees (M-RoPE), and its language model is Llama's but for a bias that is zero there, so that the
+tiny model's own weights are used as they are. The video processor of transformers needs torchvision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from tokenizers import AddedToken
+
+    Array = npt.NDArray[np.float32]
+
+PATCH_SIZE = 8
+MERGE_SIZE = 2
+FRAMES_A_PATCH = 2
+CHANNELS = 3
+UNIT = PATCH_SIZE * MERGE_SIZE  # a square of this edge is one token
+MOST_PIXELS = 16 * UNIT**2
+HIDDEN = 64
+INNER = 2 * HIDDEN
+LAYERS = 1
+HEADS = 2
+
+TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+# Large, so that other pictures give other answers.
+PIXEL_SPREAD = 4.0
+CHAT_TEMPLATE = """\
+{{- '<|begin|>' }}
+{%- for message in messages %}
+{%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}
+{{- raise_exception('unknown role: ' ~ message.role) }}
+{%- endif %}
+{{- '<|' ~ message.role ~ '|>\\n' }}
+{%- if message.content is string %}{{ message.content }}{% else %}
+{%- for content in message.content %}
+{%- if content.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- elif content.type == 'video' %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}
+{%- else %}{{ content.text }}{% endif %}
+{%- endfor %}
+{%- endif %}
+{{- '<|end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
+
+
+class Watching:
+    """The parts that a text model is given beside its own.
+
+    Args:
+        matrix: Makes a random matrix `(rows, columns)` that keeps, or multiplies by its third argument, standard deviations.
+        text_vocab: Tokens of the text model; those of pictures follow them.
+        text_hidden: Width of the text model.
+    """
+
+    def __init__(self, matrix: Callable[..., Array], *, text_vocab: int, text_hidden: int) -> None:
+        self._matrix = matrix
+        self._text_vocab = text_vocab
+        self._text_hidden = text_hidden
+        self.tokenizer_config: dict[str, Any] = {
+            "chat_template": CHAT_TEMPLATE,
+            "processor_class": "Qwen2VLProcessor",
+            "additional_special_tokens": list(TOKENS),
+        }
+
+    def added_tokens(self) -> list[AddedToken]:
+        """The tokens of pictures, in the order of their ids."""
+        from tokenizers import AddedToken
+
+        return [AddedToken(token, special=True, normalized=False) for token in TOKENS]
+
+    def config(self, text: dict[str, Any]) -> dict[str, Any]:
+        """config.json, from that of the text model."""
+        half = text["head_dim"] // 2
+        sections = [half // 4, half // 8 * 3, half // 8 * 3]  # of time, height and width
+        names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+        mine = {
+            "model_type": "qwen2_vl_text",
+            "vocab_size": self._text_vocab + len(TOKENS),
+            "rope_parameters": {**text["rope_parameters"], "mrope_section": sections},
+        }
+        kept = {
+            name: value for name, value in text.items() if name not in ("architectures", "attention_bias", "mlp_bias")
+        }
+        return {
+            "architectures": ["Qwen2VLForConditionalGeneration"],
+            "model_type": "qwen2_vl",
+            "dtype": text["dtype"],
+            "tie_word_embeddings": False,
+            **{name: self._text_vocab + at for at, name in enumerate(names)},
+            "text_config": {**kept, **mine},
+            "vision_config": {
+                "model_type": "qwen2_vl",
+                "depth": LAYERS,
+                "embed_dim": HIDDEN,
+                "hidden_size": self._text_hidden,
+                "hidden_act": "quick_gelu",
+                "mlp_ratio": INNER // HIDDEN,
+                "num_heads": HEADS,
+                "in_channels": CHANNELS,
+                "patch_size": PATCH_SIZE,
+                "spatial_merge_size": MERGE_SIZE,
+                "temporal_patch_size": FRAMES_A_PATCH,
+            },
+            **{name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        }
+
+    def processor_files(self) -> dict[str, dict[str, Any]]:
+        """What turns an image or frames into patches of pixels, and into their tokens."""
+        common = {
+            "processor_class": "Qwen2VLProcessor",
+            "patch_size": PATCH_SIZE,
+            "temporal_patch_size": FRAMES_A_PATCH,
+            "merge_size": MERGE_SIZE,
+            "size": {"shortest_edge": UNIT**2, "longest_edge": MOST_PIXELS},
+            "image_mean": [0.5] * CHANNELS,
+            "image_std": [0.5] * CHANNELS,
+        }
+        return {
+            "preprocessor_config.json": {**common, "image_processor_type": "Qwen2VLImageProcessor"},
+            "video_preprocessor_config.json": {**common, "video_processor_type": "Qwen2VLVideoProcessor"},
+        }
+
+    def weights(self, text: dict[str, Array]) -> dict[str, Array]:
+        """Each tensor, under the name that Hugging Face's Qwen2-VL gives it; the text model's are those given."""
+        import numpy
+
+        found = {
+            name: tensor for name, tensor in text.items() if not name.endswith("o_proj.bias")
+        }  # zero, and not there
+        embeddings, head = "model.embed_tokens.weight", "lm_head.weight"
+        more = self._matrix(len(TOKENS), self._text_hidden, self._text_hidden**0.5)
+        found[embeddings] = numpy.concatenate([found[embeddings], more])
+        found[head] = numpy.concatenate([found[head], numpy.zeros_like(more)])  # never won, as the other specials
+        found.update({f"visual.{name}": tensor for name, tensor in self._tower().items()})
+        return found
+
+    def _tower(self) -> dict[str, Array]:
+        shape = (HIDDEN, CHANNELS, FRAMES_A_PATCH, PATCH_SIZE, PATCH_SIZE)
+        pixels = self._matrix(HIDDEN, CHANNELS * FRAMES_A_PATCH * PATCH_SIZE**2, PIXEL_SPREAD)
+        found = {"patch_embed.proj.weight": pixels.reshape(shape), **self._norm("merger.ln_q")}
+        for index in range(LAYERS):
+            block = f"blocks.{index}"
+            found |= self._norm(f"{block}.norm1") | self._norm(f"{block}.norm2")
+            found |= self._linear(f"{block}.attn.qkv", 3 * HIDDEN, HIDDEN)
+            found |= self._linear(f"{block}.attn.proj", HIDDEN, HIDDEN)
+            found |= self._linear(f"{block}.mlp.fc1", INNER, HIDDEN) | self._linear(f"{block}.mlp.fc2", HIDDEN, INNER)
+        merged = HIDDEN * MERGE_SIZE**2
+        found |= self._linear("merger.mlp.0", merged, merged)
+        return found | self._linear("merger.mlp.2", self._text_hidden, merged, PIXEL_SPREAD)
+
+    def _linear(self, name: str, rows: int, columns: int, spread: float = 1.0) -> dict[str, Array]:
+        import numpy
+
+        bias = numpy.zeros(rows, dtype=numpy.float32)
+        return {f"{name}.weight": self._matrix(rows, columns, spread), f"{name}.bias": bias}
+
+    def _norm(self, name: str) -> dict[str, Array]:
+        import numpy
+
+        return {
+            f"{name}.weight": numpy.ones(HIDDEN, dtype=numpy.float32),
+            f"{name}.bias": numpy.zeros(HIDDEN, dtype=numpy.float32),
+        }
