@@ -26,6 +26,8 @@ def configuration(arguments: dict[str, Any], headless: bool = False) -> Any:
         # Spawned, each engine process imports vLLM and torch again (10 s); the CPU platform sets this while the
         # configuration is made, so it can only be changed here. Nothing of ours has started a thread yet.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        import vllm.v1.worker.cpu_worker  # noqa: F401 - once, instead of in each process that is forked (0.35 s of CPU time)
+
         cpu.calm_queues()
         if config.kv_transfer_config is not None:
             cpu.calm_nixl()

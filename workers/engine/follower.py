@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from launch.recipe import Backend, Executor, Recipe
 from slurm.children import report
+from workers.runtime.collector import for_good
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +53,13 @@ def _compute(arguments: dict[str, Any], on_up: Callable[[], None]) -> int:
     But for the end: vLLM then waits up to 9 s for workers that cannot leave without node 0's. Here they are left to the
     orphan guard and the agent, which end them at once; there is nothing of theirs to save.
     """
-    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+    with for_good():
+        from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-    from workers.engine.configuration import configuration
+        from workers.engine.configuration import configuration
 
-    executor = MultiprocExecutor(configuration(arguments, headless=True), monitor_workers=False)
+        config = configuration(arguments, headless=True)
+    executor = MultiprocExecutor(config, monitor_workers=False)
     on_up()
     report("ready")
     multiprocessing.connection.wait([worker.proc.sentinel for worker in executor.workers])

@@ -18,6 +18,7 @@ from workers.engine.metrics import EngineStats, sum_up
 from workers.engine.options import ServingOptions
 from workers.engine.peers import Address, Peers
 from workers.engine.vllm_operations import VllmOperations
+from workers.runtime.collector import for_good
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -202,11 +203,15 @@ def start(arguments: dict[str, Any], serving: ServingOptions) -> VllmEngine:
     Raises:
         RuntimeError: The engine core did not come up; it logged why.
     """
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.async_llm import AsyncLLM
+    with for_good():
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.async_llm import AsyncLLM
 
+        # What `VllmEngine` needs too, while imports are cheap.
+        from workers.engine import pooling, reader, rendering, vllm_request  # noqa: F401
+
+        config = configuration(arguments)
     load, stats = Load(), dict[int, EngineStats]()
-    config = configuration(arguments)
     loggers = [_load_logger(load, stats)]
     llm = AsyncLLM.from_vllm_config(
         config, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=loggers, disable_log_stats=True
