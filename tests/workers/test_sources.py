@@ -95,7 +95,7 @@ def test_options_carry_no_media() -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"id": "functions.f:0"}]}
     fields = {"model": "m", "messages": [user(TEXT, IMAGE), call], "tools": [{"type": "function"}]}
 
-    assert msgspec.json.decode(options(fields))["messages"] == [user(TEXT), call]
+    assert msgspec.json.decode(options(fields, chat=True))["messages"] == [user(TEXT), call]
     assert spoken([{"role": "user", "content": "as it is"}]) == [{"role": "user", "content": "as it is"}]
     assert msgspec.json.decode(source(messages=fields["messages"])) == {"messages": fields["messages"]}
 

@@ -58,7 +58,7 @@ def trained(
 TOKENIZERS = {
     kind: trained(kind, normalizer=normalizers.NFC() if kind == "qwen" else None) for kind in ("gpt2", *EXPRESSIONS)
 }
-KNOWING = {kind: Tokens(tokenizer, max_cached_chars=0) for kind, tokenizer in TOKENIZERS.items()}
+KNOWING = {kind: Tokens(tokenizer, max_cached_bytes=0) for kind, tokenizer in TOKENIZERS.items()}
 PIECES = [
     *(
         "the",
