@@ -110,7 +110,7 @@ def _once(asked: Launch, where: Plan, run: RunDirectory, console: Console, inter
     job = submit(asked.launcher, asked.recipe, where, run, asked.overrides)
     console.print(f"{run.name} submitted: {asked.launcher}, job {job.job_id}, logs in {run.path}/logs/latest")
     if asked.launcher is Launcher.DEBUG:
-        _run_here(job, run, console, interrupted)
+        _run_here(job, run, console)
     elif asked.wait is not Wait.NO:
         try:
             attend(asked, run, job, console, interrupted)
@@ -136,7 +136,7 @@ def attend(
     with Display(console, run.name) as display:
         for view, note in _views(run):
             display.show(view.rows, note)
-            _raise_if_failed(run, job, view, console)
+            _raise_if_failed(run, job, view)
             if view.phase.serves and view.endpoint and not announced:
                 announced = True
                 for change in view.changes:
@@ -156,7 +156,7 @@ def attend(
     _stop(asked, run, console)
 
 
-def _run_here(job: Submitted, run: RunDirectory, console: Console, interrupted: threading.Event) -> None:
+def _run_here(job: Submitted, run: RunDirectory, console: Console) -> None:
     """The debug executor: everything in this process, progress from a thread beside it."""
     done = threading.Event()
 
@@ -210,7 +210,7 @@ def _views(run: RunDirectory) -> Iterator[tuple[View, str]]:
         time.sleep(watch.POLL_S)
 
 
-def _raise_if_failed(run: RunDirectory, job: Submitted, view: View, console: Console) -> None:
+def _raise_if_failed(run: RunDirectory, job: Submitted, view: View) -> None:
     if view.failure:
         watch.stop(run, STOP_WAIT_S)
         # A node that the preflight refused is seldom alone: whoever mends it wants to know of all.

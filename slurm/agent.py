@@ -156,7 +156,7 @@ class Agent:
     async def _run_rank(self, job_key: str) -> None:
         with ports.claim(job_key, self._rank.number) as block, contextlib.closing(self._examination):
             self._examination.snapshot = await asyncio.to_thread(fabric.read, hosts.interfaces())
-            self._record.said.address = self._address()
+            self._record.said.address = fabric.own_address(self._examination.snapshot, self._rank.recipe.cluster)
             self._record.said.port_base = block.base
             await self._examination.listen()
             for member in self._rank.plan.on(self._rank.number):
@@ -239,13 +239,6 @@ class Agent:
         """Where nobody oversees the deployment: heed what asks for its end."""
         await self._rank.wait_for(self._rank.run.stop_file.exists, math.inf)
         self._rank.stop.set()
-
-    def _address(self) -> str:
-        """What this node gives to others, by the profile's interface or subnet, or else by its name."""
-        cluster = self._rank.recipe.cluster
-        if cluster.interface is None and cluster.subnet is None:
-            return hosts.address(cluster.hostname_suffix)
-        return str(fabric.address(self._examination.snapshot, cluster).address)
 
     def _tell_staging(self, detail: str) -> None:
         """How far the model is on its way to this node, beside each member that waits for it."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from launch.errors import LaunchError
 from launch.recipe import Cluster, Fabric
+from slurm import hosts
 
 GPU_VENDORS = {"0x10de": "nvidia", "0x1002": "amd"}
 GPU_CLASSES = ("0x0302", "0x0300", "0x0380", "0x1200")
@@ -154,6 +155,17 @@ def address(snapshot: Snapshot, cluster: Cluster) -> Interface:
         f"no interface {cluster.interface or ''}* with an IPv4 address{where}: set cluster.interface to one of {have or 'none found'}"
         f"{', or correct cluster.subnet' if where else ''}"
     )
+
+
+def own_address(snapshot: Snapshot, cluster: Cluster) -> str:
+    """What this node gives to others, by the profile's interface or subnet, or else by its name.
+
+    Raises:
+        LaunchError: There is none.
+    """
+    if cluster.interface is None and cluster.subnet is None:
+        return hosts.address(cluster.hostname_suffix)
+    return str(address(snapshot, cluster).address)
 
 
 def environment(snapshot: Snapshot, cluster: Cluster, own: str, buses: Sequence[str]) -> dict[str, str]:

@@ -157,7 +157,9 @@ def join(meeting: Meeting, rank: int) -> None:
     """
     asked = meeting.asked()
     everybody = range(asked.size)
-    with socket.create_server((own_address(asked.cluster), 0), backlog=asked.size + 8) as listener:
+    with socket.create_server(
+        (fabric.own_address(fabric.read(hosts.interfaces()), asked.cluster), 0), backlog=asked.size + 8
+    ) as listener:
         address, port = listener.getsockname()
         own = Standing(host=_host(), machine=socket.gethostname(), address=address, port=port)
         meeting.put("standing", rank, own)
@@ -169,17 +171,6 @@ def join(meeting: Meeting, rank: int) -> None:
             (meeting.path / f"found-{rank}.json").unlink(missing_ok=True)  # MPI may have failed for others only
             found = measure_by_sockets(meeting, listener, standings, rank, asked.secret, f"sockets ({why})")
             meeting.put("found", rank, found)
-
-
-def own_address(cluster: Cluster) -> str:
-    """What this node gives to others, by the profile's interface or subnet, or else by its name.
-
-    Raises:
-        LaunchError: There is none.
-    """
-    if cluster.interface is None and cluster.subnet is None:
-        return hosts.address(cluster.hostname_suffix)
-    return str(fabric.address(fabric.read(hosts.interfaces()), cluster).address)
 
 
 # --- MPI --------------------------------------------------------------------------------------------------------------
@@ -221,11 +212,9 @@ def start_mpi(meeting: Meeting, size: int, address: str, around: contextlib.Exit
     process = around.enter_context(child(argv, mpich.environment(os.environ, mpiexec), file))
     deadline = time.monotonic() + MPI_PRINT_S
     while time.monotonic() < deadline and process.poll() is None:
-        found = mpich.printed_commands(file.read_text(errors="replace"))
-        if found is not None:
-            if len(found) == size:
-                return Commands(found)
-            return Commands(why=f"mpiexec wants {len(found)} processes and not {size}")
+        printed = mpich.printed_commands(file.read_text(errors="replace"))
+        if printed is not None:
+            return Commands(*mpich.usable(printed, size))
         time.sleep(POLL_S)
     last = file.read_text(errors="replace").strip().rpartition("\n")[2]
     return Commands(why=f"mpiexec printed no commands: {last or process.returncode}")

@@ -74,6 +74,11 @@ def printed_commands(text: str) -> list[list[str]] | None:
     return [shlex.split(line.partition(":")[2]) for line in lines if line.startswith("HYDRA_LAUNCH:")]
 
 
+def usable(printed: list[list[str]], size: int) -> tuple[list[list[str]], str]:
+    """What mpiexec printed if that is one command for each of `size` nodes; else none, and why. Pure."""
+    return (printed, "") if len(printed) == size else ([], f"mpiexec wants {len(printed)} processes and not {size}")
+
+
 @contextlib.contextmanager
 def world(thread_level: str = "multiple") -> Iterator[Any]:
     """MPI's world, of one process for each node."""

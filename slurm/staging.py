@@ -197,11 +197,9 @@ class Staging:
         around.push_async_callback(child.stop, STOP_GRACE_S)
         deadline = time.monotonic() + MPI_PRINT_S
         while time.monotonic() < deadline:
-            found = mpich.printed_commands(log_path.read_text(errors="replace"))
-            if found is not None:
-                if len(found) == len(ring):
-                    return Commands(self._record.attempt, found)
-                return Commands(self._record.attempt, why=f"mpiexec wants {len(found)} processes and not {len(ring)}")
+            printed = mpich.printed_commands(log_path.read_text(errors="replace"))
+            if printed is not None:
+                return Commands(self._record.attempt, *mpich.usable(printed, len(ring)))
             await asyncio.sleep(0.05)
         return Commands(self._record.attempt, why=f"mpiexec printed no commands: {child.tail(3)}")
 

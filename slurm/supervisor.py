@@ -16,7 +16,9 @@ from slurm.together import Together
 from workers.control.servers import Server
 
 SERVER_READY_S = 60.0
-SERVER_STOP_S = 5.0
+# What they hold is disposable, and KillWait is short: an etcd that looks for another to lead, while all of them end, would take
+# half of it.
+SERVER_STOP_S = 2.0
 # After a member's own drain, for the shutdown of its engine.
 SHUTDOWN_S = 15.0
 

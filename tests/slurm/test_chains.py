@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,26 +24,13 @@ from launch.chain import Chain
 from launch.records import Phase, RunDirectory
 from tests.deployments import command, processes_of, start
 from tests.reference import complete
+from tests.slurm.test_jobs import state, until
 from tests.slurm_cluster import SlurmCluster, slurm_cluster
 
 pytestmark = pytest.mark.slurm
 
 SHAPE = ("+recipe=tiny_disagg", "engine.backend=echo", "cluster=slurm_cpu", "cluster.interface=lo", "wait=false")
 ONE_NODE = ("+recipe=tiny_agg", *SHAPE[1:])
-
-
-def until(condition: Callable[[], object], timeout_s: float = 60) -> None:
-    """Wait for it, or fail."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.2)
-
-
-def state(run: RunDirectory) -> Phase | None:
-    """What an endpoint says."""
-    endpoint = run.endpoint()
-    return endpoint.state if endpoint else None
 
 
 def how(run: RunDirectory) -> str:

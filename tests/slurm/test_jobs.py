@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slurm
 SHAPE = ("+recipe=tiny_2p2d", "engine.backend=echo", "cluster=slurm_cpu", "cluster.interface=lo")
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+def until(condition: Callable[[], object], timeout_s: float = 60) -> None:
     """Wait for it, or fail."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -37,7 +37,7 @@ def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
 
 
 def state(run: RunDirectory) -> Phase | None:
-    """What the endpoint says."""
+    """What an endpoint says."""
     endpoint = run.endpoint()
     return endpoint.state if endpoint else None
 

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -24,6 +24,7 @@ from tests.deployments import deployed, processes_of, start
 from tests.reference import complete
 from tests.slurm_cluster import SlurmCluster
 
+ON_SLURM = ("engine.backend=echo", "cluster=slurm_cpu", "cluster.interface=lo")
 NODES = ("+recipe=tiny_2p2d", "engine.backend=echo", "cluster.cpu_engines_per_node=1")
 
 
@@ -75,6 +76,34 @@ def standing_by(run: RunDirectory) -> bool:
     return all(member is not None and member.state == "ready" for member in found)
 
 
+@contextlib.contextmanager
+def in_job(
+    folder: Path, cluster: SlurmCluster, name: str, *words: str
+) -> Iterator[tuple[RunDirectory, subprocess.Popen[str], Path]]:
+    """A deployment that serves as a job on the cluster, its launching command, and what that prints; both have ended after."""
+    process, output = start(folder, *ON_SLURM, *words, name=name, env=cluster.env)
+    run = RunDirectory(folder / "runs" / name)
+    try:
+        until(lambda: run.endpoint() is not None and endpoint_of(run).state is Phase.READY, 120)
+        yield run, process, output
+    finally:
+        job = run.job()
+        if job and job.id:
+            with contextlib.suppress(RuntimeError):
+                cluster.run("scancel", job.id)
+        process.wait(60)
+
+
+@contextlib.contextmanager
+def dead_node(cluster: SlurmCluster, name: str) -> Iterator[None]:
+    """A node whose slurmd, stepds and tasks are gone, within the block."""
+    cluster.kill_node(name)
+    try:
+        yield
+    finally:
+        cluster.start_node(name)
+
+
 def test_another_rank_leads_when_rank_0_is_gone(tmp_path: Path, tiny_model: Path) -> None:
     """Its agent and all its processes are killed: requests at the new endpoint are answered by the members that are left,
     the lost rank is named, and the stop leaves nothing behind.
@@ -111,15 +140,11 @@ def test_a_job_outlives_its_batch_host(tmp_path: Path, tiny_model: Path, cluster
     """slurmd, stepds and tasks of rank 0's node are gone, the batch script and srun with them: requests are served by
     another rank, and `launch.stop` ends the job, which Slurm would keep as a ghost.
     """
-    shape = ("+recipe=tiny_2p2d", "engine.backend=echo", "cluster=slurm_cpu", "cluster.interface=lo")
-    process, output = start(tmp_path, *shape, f"model.path=tiny:{tiny_model}", name="headless", env=cluster.env)
-    run = RunDirectory(tmp_path / "runs" / "headless")
+    words = ("+recipe=tiny_2p2d", f"model.path=tiny:{tiny_model}")
     stop = [sys.executable, "-m", "launch.stop", "headless", "--runs-dir", str(tmp_path / "runs")]
-    try:
-        until(lambda: (run.endpoint() or None) is not None and endpoint_of(run).state is Phase.READY, 120)
+    with in_job(tmp_path, cluster, "headless", *words) as (run, process, output):
         until(lambda: standing_by(run))
-        cluster.kill_node("n1")
-        try:
+        with dead_node(cluster, "n1"):
             moved_s = until(lambda: endpoint_of(run).head != 0)
             with client(run) as asking:
                 at_once = [complete(asking, f"at once {i}", bool(i % 2)) for i in range(8)]
@@ -132,23 +157,41 @@ def test_a_job_outlives_its_batch_host(tmp_path: Path, tiny_model: Path, cluster
                 stop, check=False, capture_output=True, text=True, timeout=120, env={**os.environ, **cluster.env}
             )
             until(lambda: cluster.run("squeue", "--noheader") == "", 60)
-        finally:
-            cluster.start_node("n1")
-    finally:
-        job = run.job()
-        if job and job.id:
-            with contextlib.suppress(RuntimeError):
-                cluster.run("scancel", job.id)
-        code = process.wait(60)
 
     print(f"another endpoint after {moved_s:.1f} s")
     assert {answer.completion_tokens for answer in (*at_once, *later)} == {40}
     assert jobs == ["RUNNING", "n[2-4]"], output.read_text()
     assert endpoint_of(run).state is Phase.STOPPED
     assert done.returncode == 0, done.stdout + done.stderr
-    assert code == 0, output.read_text()
+    assert process.returncode == 0, output.read_text()
     assert all(run.ranks(1)[rank].ended for rank in (1, 2, 3))
     assert not ranks[0].ended
+    assert processes_of(run) == {}
+
+
+@pytest.mark.slurm
+@pytest.mark.nightly
+@pytest.mark.timeout(400)
+def test_scancel_ends_all_that_a_dead_batch_host_left(tmp_path: Path, tiny_model: Path, cluster: SlurmCluster) -> None:
+    """Another rank leads; the user does not know of `launch.stop`. Every agent that lives ends in order, and no job is left."""
+    words = ("+recipe=tiny_2p2d", f"model.path=tiny:{tiny_model}")
+    with in_job(tmp_path, cluster, "cancelled", *words) as (run, process, output):
+        until(lambda: standing_by(run))
+        with dead_node(cluster, "n1"):
+            until(lambda: endpoint_of(run).head != 0)
+            with client(run) as asking:
+                answers = [complete(asking, f"after it {i}", bool(i % 2)) for i in range(4)]
+            job = run.job()
+            assert job
+            cluster.run("scancel", job.id)
+            ended_s = until(lambda: all(run.ranks(1)[rank].ended for rank in (1, 2, 3)))
+            until(lambda: cluster.run("squeue", "--noheader") == "", 90)
+
+    print(f"all agents had ended {ended_s:.1f} s after scancel")
+    assert {answer.completion_tokens for answer in answers} == {40}
+    assert endpoint_of(run).state is Phase.STOPPED
+    assert [record.failure for record in run.ranks(1).values() if record.failure] == []
+    assert process.returncode is not None, output.read_text()
     assert processes_of(run) == {}
 
 
@@ -188,23 +231,10 @@ def test_without_a_standby_a_job_ends_with_its_batch_host(
     tmp_path: Path, tiny_model: Path, cluster: SlurmCluster
 ) -> None:
     """Two nodes cannot cover each other, as the launch says: the other rank waits a minute, ends, and takes the job along."""
-    shape = ("+recipe=tiny_disagg", "engine.backend=echo", "cluster=slurm_cpu", "cluster.interface=lo")
-    process, output = start(tmp_path, *shape, f"model.path=tiny:{tiny_model}", name="pair", env=cluster.env)
-    run = RunDirectory(tmp_path / "runs" / "pair")
-    try:
-        until(lambda: run.endpoint() is not None and endpoint_of(run).state is Phase.READY, 120)
-        cluster.kill_node("n1")
-        try:
-            until(lambda: run.ranks(1)[1].ended, 100)
-            until(lambda: cluster.run("squeue", "--noheader") == "", 60)
-        finally:
-            cluster.start_node("n1")
-    finally:
-        job = run.job()
-        if job and job.id:
-            with contextlib.suppress(RuntimeError):
-                cluster.run("scancel", job.id)
-        process.wait(60)
+    words = ("+recipe=tiny_disagg", f"model.path=tiny:{tiny_model}")
+    with in_job(tmp_path, cluster, "pair", *words) as (run, _, output), dead_node(cluster, "n1"):
+        until(lambda: run.ranks(1)[1].ended, 100)
+        until(lambda: cluster.run("squeue", "--noheader") == "", 60)
 
     assert "rank 0's node is not covered" in output.read_text()
     assert "rank 0, the head, was not heard for 60 s" in str(run.ranks(1)[1].failure)
@@ -216,29 +246,16 @@ def test_without_a_standby_a_job_ends_with_its_batch_host(
 @pytest.mark.timeout(400)
 def test_another_head_stops_before_the_time_limit(tmp_path: Path, tiny_model: Path, cluster: SlurmCluster) -> None:
     """The time limit is the new head's business: it knows when the job ends, and all have ended before, on their own."""
-    shape = ("+recipe=tiny_2p2d", "engine.backend=echo", "cluster=slurm_cpu", "cluster.interface=lo")
-    words = (*shape, f"model.path=tiny:{tiny_model}", "slurm.time_min=2", "engine.drain_s=10")
-    process, output = start(tmp_path, *words, name="limited-head", env=cluster.env)
-    run = RunDirectory(tmp_path / "runs" / "limited-head")
-    try:
-        until(lambda: run.endpoint() is not None and endpoint_of(run).state is Phase.READY, 120)
+    words = ("+recipe=tiny_2p2d", f"model.path=tiny:{tiny_model}", "slurm.time_min=2", "engine.drain_s=10")
+    with in_job(tmp_path, cluster, "limited-head", *words) as (run, process, output):
         end = endpoint_of(run).expires_at
-        cluster.kill_node("n1")
-        try:
+        with dead_node(cluster, "n1"):
             until(lambda: endpoint_of(run).head != 0)
             after = endpoint_of(run)
             until(lambda: endpoint_of(run).state is Phase.STOPPED, 180)
             until(lambda: all(run.ranks(1)[rank].ended for rank in (1, 2, 3)))
             over = time.time()
             until(lambda: cluster.run("squeue", "--noheader") == "", 60)
-        finally:
-            cluster.start_node("n1")
-    finally:
-        job = run.job()
-        if job and job.id:
-            with contextlib.suppress(RuntimeError):
-                cluster.run("scancel", job.id)
-        process.wait(60)
 
     assert end is not None
     assert after.expires_at == pytest.approx(end, abs=2)

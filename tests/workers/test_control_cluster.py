@@ -15,28 +15,16 @@ from pathlib import Path
 import pytest
 from nats.aio.client import Client
 
-from launch.recipe import Kind
 from launch.records import Control, RankRecord, RunDirectory
 from slurm import children, control, ports
 from slurm.control import Seed
 from slurm.head import LEASE_S, Headship
+from tests.workers.test_control import CARD
 from workers.control import servers
 from workers.runtime.etcd import Etcd
 from workers.runtime.events import LoadEvent, connect, follow_load, publish_load
 from workers.runtime.registry import Card, Offer, follow, registered
 from workers.runtime.trust import control_tls
-
-CARD = Card(
-    member="decode-0",
-    instance="i",
-    kind=Kind.DECODE,
-    address="tcp://a:1",
-    metrics="a:2",
-    model="m",
-    max_model_len=1,
-    block_size=1,
-    version="v",
-)
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ class Message:
             return b""
         self._catch_up(piece)
         events = self._events(piece)
-        return self._framed(self._opening(piece) + events) if events else b""
+        return framed(self._opening(piece) + events, self._render) if events else b""
 
     def end(self, piece: Piece) -> bytes:
         """Bytes for the client at the end: the last events, or the whole of a unary answer."""
@@ -52,7 +52,7 @@ class Message:
             "message_delta",
             {"delta": {"stop_reason": stop, "stop_sequence": sequence}, "usage": self._usage(piece)},
         )
-        return self._framed(events + event("message_stop", {}))
+        return framed(events + event("message_stop", {}), self._render)
 
     def _catch_up(self, piece: Piece) -> None:
         for sent in piece.before:
@@ -143,8 +143,10 @@ class Message:
             "output_tokens": self._tokens if tokens is None else tokens,
         }
 
-    def _framed(self, events: bytes) -> bytes:
-        return chunk(events) if self._render.chunked else events
+
+def framed(events: bytes, render: Render) -> bytes:
+    """Events as the connection wants them: as a chunk of HTTP, or bare."""
+    return chunk(events) if render.chunked else events
 
 
 def event(kind: str, members: dict[str, Any]) -> bytes:

@@ -12,8 +12,7 @@ import msgspec
 
 from workers.engine.base import Piece
 from workers.engine.blocks import Block, Blocks, Kind, logprobs_of
-from workers.engine.messages import event, numbered
-from workers.engine.render import chunk
+from workers.engine.messages import event, framed, numbered
 from workers.runtime.wire import Render
 
 _json = msgspec.json.Encoder().encode
@@ -44,7 +43,7 @@ class Response:
             return b""
         opening = self._opening(piece)
         events = self._events(piece)
-        return self._framed(opening + events) if opening + events else b""
+        return framed(opening + events, self._render) if opening + events else b""
 
     def end(self, piece: Piece) -> bytes:
         """Bytes for the client at the end: the last events, or the whole of a unary answer."""
@@ -56,7 +55,7 @@ class Response:
         events += self._closed(closed) if closed else b""
         response = self._response(piece)
         piece.extra = bytes(response)
-        return self._framed(events + self._event("response.completed", {"response": response}))
+        return framed(events + self._event("response.completed", {"response": response}), self._render)
 
     def _opening(self, piece: Piece) -> bytes:
         """The events before the first block. On another worker's stream they count, and so do that one's others, unheard:
@@ -165,9 +164,6 @@ class Response:
     def _event(self, kind: str, members: dict[str, Any]) -> bytes:
         number, self._number = self._number, self._number + 1
         return event(kind, {"sequence_number": number, **members})
-
-    def _framed(self, events: bytes) -> bytes:
-        return chunk(events) if self._render.chunked else events
 
 
 def _part(block: Block, begun: bool = False) -> dict[str, Any]:

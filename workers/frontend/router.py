@@ -22,20 +22,6 @@ SESSION_SLACK = 1.25
 """A session's worker may have this many times the mean of all streams."""
 
 
-class Candidate(KvCandidate, Protocol):
-    """What may be looked at of a worker."""
-
-    @property
-    def in_flight(self) -> int:
-        """Streams that this frontend has open there."""
-        ...
-
-    @property
-    def waiting(self) -> int:
-        """Requests that the engine has queued, of all frontends, as last reported."""
-        ...
-
-
 class Loaded(Protocol):
     """What the modes without a view of caches look at."""
 
@@ -48,6 +34,10 @@ class Loaded(Protocol):
     def waiting(self) -> int:
         """Requests that the engine has queued, of all frontends, as last reported."""
         ...
+
+
+class Candidate(KvCandidate, Loaded, Protocol):
+    """What may be looked at of a worker."""
 
 
 Mode = Callable[[Sequence[Loaded]], int]
