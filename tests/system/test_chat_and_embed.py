@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.nightly, pytest.mark.timeout(900)]
 TEXTS = ["the river is cold", "a stone bridge over the sea", "write the code"]
 POOLED: dict[str, dict[str, Any]] = {
     "/v1/embeddings": {"input": TEXTS},
-    "/score": {"text_1": TEXTS[0], "text_2": TEXTS[1:]},
-    "/rerank": {"query": TEXTS[0], "documents": TEXTS},
+    "/v1/score": {"text_1": TEXTS[0], "text_2": TEXTS[1:]},
+    "/v1/rerank": {"query": TEXTS[0], "documents": TEXTS},
 }
 
 
@@ -58,7 +58,7 @@ def test_each_answers_as_plain_vllm_while_the_other_does(
     base = both.endpoint.url.removesuffix("/v1")
     with ThreadPoolExecutor(1) as beside:
         texts = beside.submit(ask_all, both.client, reference.prompts, complete, True)
-        found = []
+        found: list[dict[str, Any]] = []
         while not texts.done() or not found:
             found.append({path: pooled(both.http, f"{base}{path}", "embed") for path in POOLED})
 
