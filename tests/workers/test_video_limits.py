@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+
+from tests.films import film
+from tests.system.test_media import picture
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -32,3 +37,28 @@ def test_what_is_too_much_is_refused(frames: int, size: tuple[int, int], num_fra
         return
     with pytest.raises(VLLMValidationError, match="frames"):
         check(frames, *size, num_frames)
+
+
+def test_pictures_of_a_video_are_counted_together() -> None:
+    """Each is small enough, and the third is one too many; vLLM's own reader gets the others."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.multimodal.media import ImageMediaIO
+
+    from workers.engine.video_limits import BoundedImages
+
+    frame = picture("red", (10, 10), "JPEG").partition(",")[2]
+    images = BoundedImages(ImageMediaIO(), most_bytes=2 * 10 * 10 * 3)
+    read = [images.load_base64("image/jpeg", frame) for _ in range(2)]
+
+    assert [image.media.size for image in read] == [(10, 10)] * 2
+    with pytest.raises(VLLMValidationError, match="300 bytes more"):
+        images.load_base64("image/jpeg", frame)
+
+
+def test_the_header_of_a_video_is_read(tmp_path: Path) -> None:
+    """What is decided by: frames, width and height."""
+    from workers.engine.video_limits import shape
+
+    assert shape(film(tmp_path, frames=24, size=(64, 48))) == (24, 64, 48)
+    with pytest.raises(ValueError, match="video"):
+        shape(b"no film at all")
