@@ -34,13 +34,10 @@ SHAPES = {
     "dp2": ("+recipe=tiny_dp2", "engine.kv_events=true"),
     "dp4-2nodes": ("+recipe=tiny_dp4_2nodes",),
     "prefill-2nodes": PREFILL_OVER_NODES,
-    # Everything may stand still for half a minute around the first pulls (docs/status.md, "Found"): no silence to act on.
     "prefill-dp2": (
         "+recipe=tiny_disagg",
         "roles.prefill.data_parallel=2",
         "roles.decode.data_parallel=2",
-        "frontend.stall_timeout_s=120",
-        "engine.canary_timeout_s=120",
     ),
 }
 ECHO = ("+recipe=tiny_tp2_2nodes", "engine.backend=echo", "roles.aggregated.replicas=2")
