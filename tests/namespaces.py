@@ -31,20 +31,14 @@ class Nodes:
     def __init__(self, tag: str, count: int) -> None:
         self.names = [f"{tag}{number}" for number in range(count)]
 
-    def cut(self, one: int, other: int) -> None:
-        """Nothing gets from one to the other; both reach the rest, and their links stay up."""
-        for number in (one, other):
-            self._port(number, "isolated", "on")
-
     def cut_off(self, one: int) -> None:
         """Nothing gets to a node or from it; its link stays up."""
-        self._port(one, "state", "0")
+        self._port(one, "0")
 
     def mend(self) -> None:
         """Everything gets everywhere again."""
         for number in range(len(self.names)):
-            self._port(number, "isolated", "off")
-            self._port(number, "state", "3")
+            self._port(number, "3")
 
     def environment(self, folder: Path) -> Mapping[str, str]:
         """What a launch needs for `launcher=allocation` to find them; srun's stand-in is written to the folder."""
@@ -56,8 +50,9 @@ class Nodes:
         path = f"{folder}:{os.environ['PATH']}"
         return {"PATH": path, NODES: " ".join(self.names), "SLURM_JOB_ID": "4242", "SLURM_JOB_NUM_NODES": number}
 
-    def _port(self, number: int, option: str, value: str) -> None:
-        _run("bridge", "link", "set", "dev", self.names[number], option, value)
+    def _port(self, number: int, state: str) -> None:
+        """Let the bridge's port of a node pass everything (3) or nothing (0)."""
+        _run("bridge", "link", "set", "dev", self.names[number], "state", state)
 
 
 @contextlib.contextmanager

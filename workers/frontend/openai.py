@@ -220,7 +220,7 @@ def parse(body: bytes, kind: type[T]) -> tuple[T, dict[str, Any]]:
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
 
 
-def options(fields: dict[str, Any], chat: bool) -> bytes:
+def options(fields: dict[str, Any], chat: bool = True) -> bytes:
     """What travels on to the worker; only of a chat is it known what `messages` are.
 
     Raises:
