@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from workers.frontend.turns import Tokens
-from workers.frontend.words import LEARNED_AT_ONCE, MAX_TEXT_CHARS, Words, cuts_at_spaces
+from workers.frontend.words import MAX_NEW, MAX_TEXT_CHARS, TEXTS_TAKEN_WHOLE, Words, cuts_at_spaces
 from workers.runtime.wire import pack
 
 CORPUS = [
@@ -132,7 +132,7 @@ def test_texts_are_cut_only_where_the_tokenizer_cuts_them(tokenizer: Tokenizer, 
 
 
 def test_known_words_are_not_tokenized_again() -> None:
-    """In whatever order they come; of a text with many new ones only a few are learned."""
+    """In whatever order they come; after a text with many new ones, of which a few are learned, the next ones are taken whole."""
     asked: list[list[str]] = []
 
     def encode(texts: list[str]) -> list[bytes]:
@@ -142,15 +142,23 @@ def test_known_words_are_not_tokenized_again() -> None:
     words = Words(encode)
     assert words.encode("one two three") == b"one two three"
     assert words.encode("one three two") == b"one three two"
-    assert asked == [["one", " two", " three"]]
+    assert asked == [["one"], [" two"], [" three"]]
 
-    many = " ".join(f"word{number}" for number in range(3 * LEARNED_AT_ONCE))
+    asked.clear()
+    many = " ".join(f"word{number}" for number in range(3 * MAX_NEW))
     assert words.encode(many) == many.encode()
-    assert list(map(len, asked[1:])) == [LEARNED_AT_ONCE, 1]
+    assert len(asked) == MAX_NEW + 1
+    assert asked[-1] == [many]
 
+    asked.clear()
+    for _ in range(TEXTS_TAKEN_WHOLE + 1):
+        assert words.encode("one two") == b"one two"
+    assert asked == [["one two"]] * TEXTS_TAKEN_WHOLE
+
+    asked.clear()
     long = "two" + " two" * MAX_TEXT_CHARS
     assert words.encode(long) == long.encode()
-    assert asked[3:] == [[long]]
+    assert asked == [[long]]
 
 
 def test_threads_share_few_words() -> None:

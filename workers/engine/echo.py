@@ -35,6 +35,7 @@ class Steps:
     """
 
     def __init__(self, interval_s: float, on_step: Callable[[], None]) -> None:
+        self._loop: asyncio.AbstractEventLoop
         self._interval_s = interval_s
         self._on_step = on_step
         self._waiting: list[asyncio.Future[None]] = []
@@ -47,13 +48,13 @@ class Steps:
             self._begin()
         if not self._interval_s:
             return _turn()
-        future = asyncio.get_running_loop().create_future()
+        future = self._loop.create_future()
         self._waiting.append(future)
         return future
 
     def _begin(self) -> None:
         self._under_way = True
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         if not self._interval_s:
             loop.call_soon(self._step)
             return

@@ -41,6 +41,7 @@ class RequestServer:
     def __init__(self, engine: Engine, instance: str, registry: CollectorRegistry) -> None:
         self._engine = engine
         self._instance = instance
+        self._loop: asyncio.AbstractEventLoop
         self._socket: LoopSocket | None = None
         self._door: Door | None = None
         self._tasks: dict[StreamKey, asyncio.Task[None]] = {}
@@ -59,6 +60,7 @@ class RequestServer:
 
     def bind(self, context: zmq.Context[zmq.Socket[bytes]], address: str, keys: ServerKeys) -> None:
         """Listen at `tcp://...` for the frontends that the keys name; a context has one server."""
+        self._loop = asyncio.get_running_loop()
         self._door = Door(context, keys.clients)
         socket = LoopSocket(context, zmq.ROUTER, self._on_message)
         socket.raw.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -280,14 +282,17 @@ class RequestServer:
         next ones bring, unless it has something that leaves `at_once`: the first token of a stream waits for nobody. Nor does
         a stream that is alone.
         """
-        loop = asyncio.get_running_loop()
+        step = self._steps.get(identity)
+        if step is not None and self._urgent:  # all streams of an engine step but the first
+            return step
+        # Not get_running_loop, which asks the kernel for the process's number each time.
+        loop = self._loop
         at_once = at_once or len(self._tasks) == 1
         if not self._urgent and (at_once or (not self._steps and loop.time() >= self._next_flush)):
             self._urgent = True
             loop.call_soon(self._flush)
         elif not self._steps:
             loop.call_at(self._next_flush, self._flush)
-        step = self._steps.get(identity)
         if step is None:
             step = self._steps[identity] = wire.Step(deltas=[], ends=[], prefilled=[], failed=[], called=[])
         return step
@@ -296,7 +301,7 @@ class RequestServer:
         if self._socket is None:
             return  # closed: whoever listens has been told by the connection's end
         self._urgent = False
-        self._next_flush = asyncio.get_running_loop().time() + FRAME_GAP_S
+        self._next_flush = self._loop.time() + FRAME_GAP_S
         steps = list(self._steps.items())
         self._steps.clear()
         for identity, step in steps:

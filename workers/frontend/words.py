@@ -19,7 +19,10 @@ from tokenizers import Tokenizer
 MAX_TEXT_CHARS = 4096
 MAX_WORD_CHARS = 48
 MAX_WORDS = 1 << 16
-LEARNED_AT_ONCE = 16
+# So many new words are tokenized one by one. Of a text with more of them so many are learned, beside the text as a whole; that
+# does not pay by itself, and nor may what follows, so that the next texts are taken whole: at most a twentieth is spent on that.
+MAX_NEW = 16
+TEXTS_TAKEN_WHOLE = 15
 # A piece begins with the spaces before it, and goes on over later ones only where the character before is not visible ASCII.
 PIECE = re.compile(r" *[^ ]+(?:(?<=[^!-~]) +[^ ]*)*| +")
 
@@ -52,9 +55,14 @@ class Words:
         self._encode = encode
         self._max_words = max_words
         self._known: dict[str, bytes] = {}
+        self._taken_whole = 0
+        """Texts that are still taken whole."""
 
     def encode(self, text: str) -> bytes:
         """Packed ids of a text."""
+        if self._taken_whole:
+            self._taken_whole -= 1
+            return self._encode([text])[0]
         if len(text) > MAX_TEXT_CHARS:
             return self._encode([text])[0]
         pieces = PIECE.findall(text)
@@ -62,13 +70,16 @@ class Words:
         if None not in found:
             return b"".join(found)  # type: ignore[arg-type]  # mypy does not see that none is None
         unknown = list(dict.fromkeys(piece for piece, ids in zip(pieces, found, strict=True) if ids is None))
-        learned = self._learn(unknown[:LEARNED_AT_ONCE])
-        if len(unknown) > LEARNED_AT_ONCE:
+        if len(unknown) > MAX_NEW:
+            self._taken_whole = TEXTS_TAKEN_WHOLE
+            self._learn(unknown[:MAX_NEW])
             return self._encode([text])[0]
+        learned = self._learn(unknown)
         return b"".join([learned[piece] if ids is None else ids for piece, ids in zip(pieces, found, strict=True)])
 
     def _learn(self, pieces: list[str]) -> dict[str, bytes]:
-        learned = dict(zip(pieces, self._encode(pieces), strict=True))
+        # One by one: several at once go to the tokenizer's threads, which costs more than such short texts do.
+        learned = {piece: self._encode([piece])[0] for piece in pieces}
         if len(self._known) + len(learned) > self._max_words:
             self._known.clear()
         self._known.update((piece, ids) for piece, ids in learned.items() if len(piece) <= MAX_WORD_CHARS)
