@@ -179,9 +179,9 @@ def _tools(models: Models) -> Iterable[Route]:
     for path, name in speech.SPEECH_ROUTES.items():
         yield post(
             path=path,
-            handler=partial(speech.listen, service),
+            handler=partial(speech.listen, models),
             summary=f"vLLM's {name} of a recording",
-            form=speech.UPLOAD,
+            form=speech.FIELDS,
             streams=True,
         )
     yield post(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Any
 
 from launch.recipe import Kind
@@ -11,6 +12,7 @@ from workers.frontend.exchange import call
 from workers.frontend.forms import Form, read_form
 from workers.frontend.generation import Streamed, framed, openai_event
 from workers.frontend.http import Request
+from workers.frontend.models import Models
 from workers.frontend.reply import REQUEST_ID_HEADER, Reply, told
 from workers.frontend.service import Service
 from workers.frontend.sources import MEDIUM_TOKENS
@@ -20,7 +22,7 @@ from workers.runtime import speech
 # vLLM's routes by ours.
 SPEECH_ROUTES = {"/v1/audio/transcriptions": "transcriptions", "/v1/audio/translations": "translations"}
 TRUE = ("true", "1", "on", "t", "y", "yes")  # as vLLM's request classes read a form's field
-UPLOAD: dict[str, Any] = {
+FIELDS: dict[str, Any] = {
     "type": "object",
     "required": ["file", "model"],
     "properties": {
@@ -35,11 +37,19 @@ UPLOAD: dict[str, Any] = {
 }
 
 
-async def listen(service: Service, request: Request, reply: Reply) -> None:
+@dataclass(slots=True)
+class Upload:
+    """What is asked for by an upload, as `Models.admit` reads it."""
+
+    model: str | None
+
+
+async def listen(models: Models, request: Request, reply: Reply) -> None:
     """POST /v1/audio/transcriptions and /v1/audio/translations."""
     form = await asyncio.to_thread(read_form, request)
-    model = form.field("model") or service.served.name
-    service.admit(model, generates=True)
+    upload = Upload(form.field("model") or None)
+    service = models.admit(upload, generates=True)
+    model = upload.model or service.served.name
     streams = form.field("stream").lower() in TRUE
     header = told(request) + service.gate.charge(request.key_id, MEDIUM_TOKENS)
     events = Streamed(reply, header, service.metrics) if streams else None
