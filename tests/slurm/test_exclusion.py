@@ -17,12 +17,13 @@ from launch.plan import plan
 from launch.records import Phase
 from launch.resubmit import again, check
 from slurm.exclusion import bad_ranks, cannot_go_on, excluding
-from slurm.preflight import Finding, Grade, Report, judge_links
+from slurm.preflight import Finding, Grade, Report, judge_links, moves_kv, peers
 from slurm.probe import Link
 from tests.deployments import command
 from tests.slurm_cluster import SlurmCluster
 from tests.system.test_scale import complete_with, members, on_slurm, phase, scale, status, until
 
+ALWAYS = read(["+recipe=tiny_two_models", "preflight.kv=always"]).recipe
 SHRINK = read(["+recipe=tiny_2p2d", "cluster=slurm_cpu", "preflight.on_bad_node=exclude_and_shrink"])
 
 
@@ -77,6 +78,28 @@ def test_an_engine_that_spans_a_bad_node_is_left_out_whole() -> None:
     wide = plan(read(["+recipe=llama70b_disagg", "cluster=slurm_gpu4"]).recipe)
 
     assert cannot_go_on({3: "bad"}, wide) == "no decode engine would be left"
+
+
+def test_each_role_of_each_model_keeps_an_engine() -> None:
+    """Another model's engine of the same role does not stand in."""
+    pairs = [f"models.chat.roles.{kind}.replicas=1" for kind in ("prefill", "decode")]
+    pairs += [f"models.embed.roles.{kind}.replicas=1" for kind in ("prefill", "decode")]
+    gone = ["models.chat.roles.aggregated.replicas=0", "models.embed.roles.embedding.replicas=0"]
+    where = plan(
+        read(
+            ["+recipe=tiny_two_models", "cluster=slurm_cpu", "engine.backend=echo", "cluster.cpu_engines_per_node=1"]
+            + [*pairs, *gone, "models.chat.roles.decode.replicas=2"]
+        ).recipe
+    )
+    assert [member.name for member in where.members][1:] == [
+        *("chat-decode-0", "chat-decode-1", "embed-prefill-0", "embed-decode-0")
+    ]
+
+    assert cannot_go_on({1: "bad"}, where) is None
+    assert cannot_go_on({4: "bad"}, where) == "no embed-decode engine would be left"
+    assert [peers(where, rank) for rank in range(5)] == [(), (0,), (0,), (0,), (0, 3)]
+    assert moves_kv(ALWAYS, where, 4, 3, True, True)
+    assert not moves_kv(ALWAYS, where, 4, 0, True, True)  # whose prefill engine is another model's
 
 
 def resubmitting(*more: str) -> Launch:

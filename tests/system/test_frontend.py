@@ -25,6 +25,21 @@ def test_models_lists_what_is_served(echo: Deployment) -> None:
     assert models[0].model_dump()["max_model_len"] == 4096
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/chat/completions", {"messages": CHAT["messages"], "max_tokens": 2}),
+        ("/completions", {"prompt": "one two", "max_tokens": 2, "model": None}),
+        ("/responses", {"input": "one two", "max_output_tokens": 2, "model": ""}),
+    ],
+)
+def test_the_name_of_the_only_model_may_be_left_out(echo: Deployment, path: str, body: dict[str, Any]) -> None:
+    """As at vLLM: the answer has it."""
+    answer = echo.http.post(f"{echo.endpoint.url}{path}", json=body).raise_for_status()
+
+    assert answer.json()["model"] == "tiny"
+
+
 def test_health_needs_no_key(echo: Deployment) -> None:
     """A load balancer has none."""
     base = echo.endpoint.url.removesuffix("/v1")

@@ -52,7 +52,7 @@ def two(tiny_model: Path, fine: Path, lora_dir: Path, tmp_path_factory: pytest.T
         *(f"models.chat.model.path=tiny:{tiny_model}", f"engine.lora_dirs=[{lora_dir}]"),
         *(f"models.embed.model.path={fine}", "models.embed.model.name=fine"),
         *("models.embed.roles.embedding.replicas=0", "models.embed.roles.aggregated.replicas=2"),
-        "cluster.cpu_engines_per_node=3",
+        *("cluster.cpu_engines_per_node=3", "models.embed.frontend.router_direct=true"),
     ]
     with deployed(tmp_path_factory.mktemp("two"), *shape, name="two") as running:
         yield running
@@ -254,6 +254,23 @@ def test_an_adapter_belongs_to_one_model(two: Deployment, admin: httpx.Client, l
     finally:
         admin.post("/v1/unload_lora_adapter", json={"lora_name": "a", "model": "chat"}).raise_for_status()
     until(lambda: [model.id for model in two.client.models.list()] == list(MODELS))
+
+
+def test_a_client_names_a_worker_of_its_model(two: Deployment) -> None:
+    """Where that model's part of the recipe allows it."""
+
+    def asked(model: str, worker: str) -> httpx.Response:
+        body = {"model": model, "prompt": TEXT, "max_tokens": 1}
+        return two.http.post(f"{two.endpoint.url}/completions", json=body, headers={"x-baton-worker": worker})
+
+    for worker in ("embed-aggregated-0", "embed-aggregated-1"):
+        before = two.metric("frontend-0", "baton_frontend_kv_requests_total", model="fine", worker=worker)
+        assert asked("fine", worker).status_code == 200
+        assert two.metric("frontend-0", "baton_frontend_kv_requests_total", worker=worker) == before + 1
+    assert asked("chat", "chat-aggregated-0").status_code == 403
+    refused = asked("fine", "chat-aggregated-0")
+    assert refused.status_code == 503
+    assert "ready are embed-aggregated-0, embed-aggregated-1" in refused.json()["error"]["message"]
 
 
 def test_limits_are_a_models_own(admin: httpx.Client) -> None:
