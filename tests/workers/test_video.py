@@ -111,6 +111,7 @@ def test_the_format_does_not_matter(rendering: Any, tmp_path: Path) -> None:
         pytest.param(lambda folder: [watched(b"no film at all")], id="no video"),
         pytest.param(lambda folder: [watched(b"")], id="nothing"),
         pytest.param(lambda folder: [watched(film(folder)[:700])], id="half of one"),
+        pytest.param(lambda folder: [watched(film(folder, 1))], id="one frame, by which vLLM divides by zero"),
         pytest.param(lambda folder: [watched(film(folder)), watched(film(folder, 4))], id="two where one is taken"),
         pytest.param(lambda folder: [watched(film(folder, 22_000, (16, 16)))], id="hours of frames that are all alike"),
         pytest.param(lambda folder: [linked("data:video/jpeg;base64,AAAA")], id="no picture"),
