@@ -28,8 +28,8 @@ MODEL_KEY = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 SHARED_ENGINE = ("device", "ready_timeout_s", "drain_s")
 # What of `frontend` a model may have for itself: how its requests find workers, and wait for them.
 PER_MODEL_FRONTEND = (
-    *("router", "router_overlap_weight", "router_load_weight", "router_temperature", "router_ttl_s"),
-    *("router_sessions", "router_direct"),
+    *("router", "router_overlap_weight", "router_load_weight", "router_balance_weight", "router_temperature"),
+    *("router_ttl_s", "router_sessions", "router_direct"),
     *("local_prefill", "local_prefill_short_tokens", "local_prefill_behind_tokens", "local_prefill_room_tokens"),
     *("busy_kv_usage", "busy_prefill_tokens", "busy_requests", "queue_requests", "queue_tokens", "queue_timeout_s"),
     *("requests_per_minute", "tokens_per_minute"),

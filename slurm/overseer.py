@@ -15,7 +15,7 @@ import msgspec
 from launch.elastic import Following, short_of
 from launch.errors import DeploymentError
 from launch.plan import FRONTEND_PORT, Plan, shared_port
-from launch.recipe import Launcher, Recipe
+from launch.recipe import Kind, Launcher, Recipe, ServedModel
 from launch.records import SILENT_AFTER_S, Endpoint, Job, Phase, RankRecord, RunDirectory, State
 from launch.standby import frontends_on
 from launch.trust import trusting
@@ -76,7 +76,8 @@ class Overseer:
         self._endpoint = Endpoint(
             url=f"{scheme}://{place.address}:{shared}/v1",
             urls=[f"{scheme}://{place.address}:{port}/v1" for port in own],
-            models=[served.model.name for served in self._recipe.models],
+            # The first is the one that users are shown how to ask.
+            models=[served.model.name for served in sorted(self._recipe.models, key=_embeds)],
             state=Phase.DEGRADED if self._was_ready else Phase.STARTING,
             api_key_file=str(self._run.api_key_file),
             expires_at=await asyncio.to_thread(self._expires_at),
@@ -230,3 +231,7 @@ class Overseer:
             labels |= {"__scheme__": "https"} if self._recipe.scheme == "https" else {}
             found.append({"targets": [page], "labels": labels})
         return found
+
+
+def _embeds(served: ServedModel) -> bool:
+    return all(role.kind is Kind.EMBEDDING for role in served.roles)

@@ -244,7 +244,10 @@ class Faults:
 
     async def _all_usable(self, kinds: tuple[str, ...]) -> bool:
         """Whether every frontend would ask every worker of these kinds."""
-        lines = {f'baton_frontend_usable_workers{{kind="{kind}"}} {self._counts[kind]}.0' for kind in kinds}
+        model = self._running.endpoint.models[0]
+        lines = {
+            f'baton_frontend_usable_workers{{kind="{kind}",model="{model}"}} {self._counts[kind]}.0' for kind in kinds
+        }
         return all(lines <= set(page.splitlines()) for page in await self._pages("/metrics"))
 
     async def known(self) -> bool:

@@ -58,6 +58,21 @@ async def test_frontends_divide_the_limits_as_they_come_and_go(control: Control,
         assert first.thresholds == first.whole == Thresholds(requests_per_minute=60, queue_requests=9)
 
 
+async def test_frontends_of_ranks_that_stand_by_take_no_part(control: Control, tmp_path: Path) -> None:
+    """They get no requests: the head's own have the whole limits, and so have those of another rank once it leads."""
+    async with (
+        running(etcd_server(control, tmp_path), tmp_path),
+        frontend(control, "frontend-0") as (first, _),
+        frontend(control, "frontend-1") as (second, _),
+        frontend(control, "frontend-0.1") as (standby, _),
+    ):
+        await until(lambda: first.frontends == second.frontends == 2)
+        await asyncio.sleep(0.5)
+
+        assert (first.frontends, second.frontends, standby.frontends) == (2, 2, 1)
+        assert standby.thresholds == standby.whole
+
+
 async def test_a_change_reaches_all_frontends_and_those_that_come_later(control: Control, tmp_path: Path) -> None:
     """Also when etcd loses its data meanwhile; while it is away a change is refused and nothing is changed."""
     async with frontend(control, "frontend-0") as (first, fleet):

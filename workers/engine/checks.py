@@ -7,7 +7,7 @@ from launch.plan import spread_of
 from launch.recipe import Backend, Executor, Kind, Recipe, Role
 from workers.engine.connectors import PULLED, check_connectors, children_of, kv_transfer_config
 from workers.engine.model import Shape
-from workers.engine.options import check_options
+from workers.engine.options import check_options, merged
 
 
 def check_engines(recipe: Recipe, shape: Shape | None) -> None:
@@ -77,6 +77,11 @@ def _check_model(recipe: Recipe, role: Role, shape: Shape) -> None:
         raise ConfigError(
             f"{where}.pipeline_parallel={role.pipeline_parallel} is more than the model's {shape.layers} layers: "
             f"use at most {shape.layers}"
+        )
+    if shape.cross and merged(recipe, role).get("enable_prefix_caching") is not False:
+        raise ConfigError(
+            f"{where}: the engine of an encoder-decoder model ends at its first request with prefix caching on (vLLM 0.32): "
+            "set engine.args.enable_prefix_caching=false"
         )
     if role.expert_parallel and not shape.moe:
         raise ConfigError(f"{where}.expert_parallel: the model has no experts (config.json names none): leave it out")

@@ -16,13 +16,17 @@ EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_expe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Sizes of a model; None where its configuration does not say. `latent` models keep one KV cache for all heads (MLA)."""
+    """Sizes of a model; None where its configuration does not say.
+
+    `latent` models keep one KV cache for all heads (MLA); `cross` ones have an encoder whose output each layer looks at.
+    """
 
     heads: int | None = None
     kv_heads: int | None = None
     layers: int | None = None
     experts: int = 0
     latent: bool = False
+    cross: bool = False
 
     @property
     def moe(self) -> bool:
@@ -59,6 +63,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
         layers=_number(text, "num_hidden_layers", "n_layer"),
         experts=_experts(text),
         latent=bool(text.get("kv_lora_rank")),
+        cross=config.get("is_encoder_decoder") is True,
     )
 
 

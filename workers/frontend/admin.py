@@ -166,7 +166,7 @@ class Admin:
             return [self._member(name) for name in dict.fromkeys(names)]
         found = list(self._members.values())
         if model is not None:
-            if model not in self._named:
+            if not isinstance(model, str) or model not in self._named:
                 there = ", ".join(map(repr, self._named))
                 raise ApiError(404, f"there is no model {model!r} in this deployment: it serves {there}", param="model")
             found = [member for member in found if member.model == self._named[model]]

@@ -40,17 +40,21 @@ class Fleet:
         """Change limits of these models, for as long as the deployment runs.
 
         Raises:
-            ApiError: 400, naming what is wrong; 503, etcd does not answer. Nothing was changed then.
+            ApiError: 400, naming what is wrong, and nothing was changed; 503, etcd does not answer, and the limits of the model
+                that it names and of those after it stay as they are.
         """
-        changes = dict(self._changes)
+        wanted = {}
         for model in models:
             now = self._gates[model].whole.changed(values)
-            changes[model] = changes.get(model, {}) | {name: getattr(now, name) for name in values}
-        try:
-            await self._etcd.put(self._limits, msgspec.json.encode(changes))
-        except EtcdError as error:
-            raise ApiError(503, f"etcd does not answer ({error}): limits stay as they are", retry_after_s=1) from error
-        self._set(changes)
+            wanted[model] = self._changes.get(model, {}) | {name: getattr(now, name) for name in values}
+        for model, changes in wanted.items():
+            try:
+                await self._etcd.put(f"{self._limits}{model}", msgspec.json.encode(changes))
+            except EtcdError as error:
+                raise ApiError(
+                    503, f"etcd does not answer ({error}): limits of {model} stay", retry_after_s=1
+                ) from error
+            self._set(model, changes)
 
     async def keep(self) -> None:
         """Be counted as one that serves; for ever, and not after it was cancelled."""
@@ -82,15 +86,19 @@ class Fleet:
             try:
                 found, revision = await self._etcd.prefix(self._root)
                 self._others = {key for key in found if self._is_other(key)}
-                if self._limits in found:
-                    self._read(found[self._limits])
-                elif self._changes:  # etcd came back without its data: operators' words are not lost with it
-                    await self._etcd.put(self._limits, msgspec.json.encode(self._changes))
+                for model in self._gates:
+                    key = f"{self._limits}{model}"
+                    if key in found:
+                        self._read(key, found[key])
+                    elif (
+                        model in self._changes
+                    ):  # etcd came back without its data: operators' words are not lost with it
+                        await self._etcd.put(key, msgspec.json.encode(self._changes[model]))
                 self._divide()
                 async for changes in self._etcd.watch(self._root, revision + 1):
                     for change in changes:
-                        if change.key == self._limits and change.value is not None:
-                            self._read(change.value)
+                        if change.key.startswith(self._limits) and change.value is not None:
+                            self._read(change.key, change.value)
                         elif self._is_other(change.key):
                             (self._others.discard if change.value is None else self._others.add)(change.key)
                     self._divide()
@@ -100,14 +108,16 @@ class Fleet:
 
     @property
     def _limits(self) -> str:
-        return f"{self._root}limits"
+        return f"{self._root}limits/"
 
     @property
     def _own(self) -> str:
         return f"{self._root}live/{self._name}"
 
     def _is_other(self, key: str) -> bool:
-        return key.startswith(f"{self._root}live/") and key != self._own
+        """Whether it is another frontend of the same rank: those of a rank that stands by get no requests."""
+        own_rank = key.rpartition("/")[2].partition(".")[2] == self._name.partition(".")[2]
+        return key.startswith(f"{self._root}live/") and key != self._own and own_rank
 
     def _divide(self) -> None:
         """This frontend counts itself from the first: in the second before it is told of, all together allow a little more."""
@@ -115,17 +125,16 @@ class Fleet:
         for gate in self._gates.values():
             gate.divide(names.index(self._own), len(names))
 
-    def _read(self, value: bytes) -> None:
+    def _read(self, key: str, value: bytes) -> None:
+        model = key.removeprefix(self._limits)
         try:
-            self._set(msgspec.json.decode(value, type=dict[str, dict[str, Any]]))
+            self._set(model, msgspec.json.decode(value, type=dict[str, Any]))
         except (msgspec.DecodeError, ApiError, KeyError) as error:
-            log.error("%s in etcd is not understood (%r); left as it was", self._limits, error)
+            log.error("%s in etcd is not understood (%r); left as it was", key, error)
 
-    def _set(self, changes: dict[str, dict[str, Any]]) -> None:
-        for model, values in changes.items():
-            before = self._changes.get(model, {})
-            if values != before:
-                gate = self._gates[model]
-                gate.change({name: value for name, value in values.items() if before.get(name) != value})
-                log.info("limits of all frontends together for the model %s are now %s", model, gate.whole)
-        self._changes = changes
+    def _set(self, model: str, changes: dict[str, Any]) -> None:
+        gate, before = self._gates[model], self._changes.get(model, {})
+        if changes != before:
+            gate.change({name: value for name, value in changes.items() if before.get(name) != value})
+            self._changes[model] = changes
+            log.info("limits of all frontends together for the model %s are now %s", model, gate.whole)

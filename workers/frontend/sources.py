@@ -94,8 +94,12 @@ def sketch(fields: Mapping[str, Any]) -> bytes:
     placeholder tokens they take.
     """
     prompt = fields.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
     if isinstance(prompt, str):
         return prompt.encode()
+    if prompt is not None:  # several prompts have no beginning in common that is known
+        return b""
     parts = []
     for message in fields.get("messages") or ():
         parts.append(f"\n{message.get('role')}: ".encode())

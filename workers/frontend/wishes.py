@@ -39,6 +39,8 @@ class Wishes:
 
     def names(self, prompt: bytes, adapter: str, block_size: int) -> list[int]:
         """Names of the prompt's full blocks, or of its sketch's where there is one, computed once for a size."""
+        if not (self.sketch or prompt):  # a worker is to make it
+            return []
         names = self._names.get(block_size)
         if names is None:
             begin = root(adapter, f"{SKETCHED}{self.salt}" if self.sketch else self.salt)
