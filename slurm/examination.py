@@ -225,7 +225,11 @@ class Examination:
     def _probe_environment(self) -> dict[str, str]:
         """As an engine's, with all usable devices of the node."""
         told = fabric.environment(self.snapshot, self._recipe.cluster, self._record.address, ())
-        return {**os.environ, **fabric.unless_told(told, os.environ), **self._recipe.engine.env}
+        own = dict(self._recipe.engine.env)
+        for one in self._recipe.each:
+            if one.disaggregated:
+                own |= one.engine.env
+        return {**os.environ, **fabric.unless_told(told, os.environ), **own}
 
     def _all_reported(self) -> bool:
         """The head counts the reports, the others look for what it makes of them: one file for each, not all for all."""

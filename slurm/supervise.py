@@ -127,6 +127,7 @@ class Supervised:
             ChildError: It ended by itself.
             BrokenError: It was ended because its engine broke on another rank.
             DeploymentError: It was not ready in time.
+            OSError: It could not be asked whether it is.
         """
         command = self.command
         self._ready.clear()
@@ -149,7 +150,8 @@ class Supervised:
                 for watch in watches:
                     watch.cancel()
         except BaseExceptionGroup as errors:
-            late = only(errors, DeploymentError)
+            # An OSError: what tells whether it is ready could not be read from the shared file system just now.
+            late = only(errors, DeploymentError) or only(errors, OSError)
             if late is None:
                 raise
             raise late from None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -192,6 +194,36 @@ async def test_a_restart_that_fails_is_tried_again(tmp_path: Path) -> None:
     await task
 
     assert states.count(State.RESTARTING) == 2
+
+
+async def test_a_file_that_cannot_be_read_at_a_restart_is_no_end(tmp_path: Path) -> None:
+    """What tells whether a server serves may be on a file system that has a bad moment: it is tried again."""
+    asked: list[int] = []
+
+    async def serves() -> None:
+        asked.append(1)
+        if len(asked) == 2:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+    states: list[State] = []
+    pids: list[int] = []
+
+    def told(name: str, state: State, pid: int, detail: str) -> None:
+        states.append(state)
+        pids.append(pid)
+
+    item = Supervised(replace(command(tmp_path, "import time; time.sleep(60)"), ready=serves), told)
+    task = asyncio.create_task(item.run())
+    async with asyncio.timeout(20):
+        while State.READY not in states:
+            await asyncio.sleep(0.05)
+        os.kill(pids[-1], signal.SIGKILL)
+        while states.count(State.READY) < 2:
+            await asyncio.sleep(0.05)
+    await item.stop()
+    await task
+
+    assert len(asked) == 3
 
 
 async def test_a_ready_child_that_dies_is_started_again(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ async def test_a_change_reaches_all_frontends_and_those_that_come_later(control:
             assert second.thresholds.requests_per_minute == 50
             with pytest.raises(ApiError, match="queue_request"):
                 await fleet.change(["m"], {"queue_request": 1})
-        with pytest.raises(ApiError, match="limits stay as they are"):
+        with pytest.raises(ApiError, match="limits of m stay as they are"):
             await fleet.change(["m"], {"requests_per_minute": 7})
         assert first.whole.requests_per_minute == 100
 

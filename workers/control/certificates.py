@@ -40,6 +40,8 @@ def issue(*addresses: str) -> Certificates:
     authority = (
         _begun(name, name, authority_key)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_signs_only(), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(authority_key.public_key()), critical=False)
         .sign(authority_key, hashes.SHA256())
     )
 
@@ -47,6 +49,9 @@ def issue(*addresses: str) -> Certificates:
         key = ec.generate_private_key(ec.SECP256R1())
         # No name of its own: etcd would take it for the name of a user.
         builder = _begun(x509.Name([]), name, key).add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
+        # Python 3.13 refuses certificates that do not say whose key signed them.
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key())
+        builder = builder.add_extension(issuer, critical=False)
         if at:
             unique = dict.fromkeys(at)
             names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(item)) for item in unique])
@@ -56,6 +61,20 @@ def issue(*addresses: str) -> Certificates:
     # etcd's HTTP gateway is a client of its own server, and members of one another, with the server's certificate.
     server = signed(ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH, at=addresses)
     return Certificates(_pem(authority), *server, *signed(ExtendedKeyUsageOID.CLIENT_AUTH))
+
+
+def _signs_only() -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=False,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=True,
+        crl_sign=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
 
 
 def _begun(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:

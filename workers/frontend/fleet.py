@@ -52,7 +52,7 @@ class Fleet:
                 await self._etcd.put(f"{self._limits}{model}", msgspec.json.encode(changes))
             except EtcdError as error:
                 raise ApiError(
-                    503, f"etcd does not answer ({error}): limits of {model} stay", retry_after_s=1
+                    503, f"etcd does not answer ({error}): limits of {model} stay as they are", retry_after_s=1
                 ) from error
             self._set(model, changes)
 

@@ -13,5 +13,6 @@ def control_tls(control: Control) -> ssl.SSLContext:
     Servers are called by their address, which is what their certificate names.
     """
     context = ssl.create_default_context(cadata=control.authority)
+    context.verify_flags |= ssl.VERIFY_X509_STRICT  # the default from Python 3.13 on
     context.load_cert_chain(control.client_file)
     return context
