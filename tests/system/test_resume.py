@@ -19,7 +19,7 @@ from tests.shapes import events_of, joined_events
 from workers.frontend.exchange import Answered, Pool, Question, Relay, answer
 from workers.frontend.links import Links
 from workers.frontend.openai import options
-from workers.frontend.router import mode
+from workers.frontend.router import Router, mode
 from workers.frontend.text import Text
 from workers.runtime import wire
 from workers.runtime.curve import ClientKeys
@@ -62,8 +62,8 @@ async def pool(deployment: Deployment) -> AsyncIterator[Pool]:
     assert control
     recipe = deployment.run.recipe()
     links = Links(ClientKeys.of_frontends(control), 5.0, lambda: None)
-    modes = {kind: mode(recipe.router) for kind in Kind}
-    found = Pool(links, modes, recipe.disaggregated, lambda kind: None)
+    router = Router(choose={kind: mode(recipe.router) for kind in Kind})
+    found = Pool(links, router, recipe.disaggregated, lambda kind: None)
     async with Etcd(control) as etcd, asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(follow(etcd, recipe.name, links.update)),

@@ -79,6 +79,11 @@ class Worker:
         self.context.destroy(linger=0)
 
 
+def in_turns(direct: bool = False) -> Router:
+    """Workers are asked in turns; with `direct` clients may name one."""
+    return Router(choose={kind: mode(RouterMode.ROUND_ROBIN) for kind in Kind}, direct=direct)
+
+
 class Plane:
     """Workers, and a frontend's view of them."""
 
@@ -90,7 +95,7 @@ class Plane:
         self.legs: list[Kind] = []
         self.pool = Pool(
             self.links,
-            {kind: mode(RouterMode.ROUND_ROBIN) for kind in Kind},
+            in_turns(),
             disaggregated=False,
             on_leg=self.legs.append,
         )
@@ -425,8 +430,7 @@ async def test_a_door_that_is_closed_lets_nobody_in(plane: Plane) -> None:
 
 async def test_a_busy_worker_gets_nothing_while_another_one_is_not(plane: Plane) -> None:
     """Whatever the mode says; when all are busy it decides among all, and a client that names a worker gets that one."""
-    modes = {kind: mode(RouterMode.ROUND_ROBIN) for kind in Kind}
-    pool = plane.pool = Pool(plane.links, modes, False, plane.legs.append, router=Router(choose=modes, direct=True))
+    pool = plane.pool = Pool(plane.links, in_turns(direct=True), False, plane.legs.append)
     for _ in range(3):
         plane.add()
     await plane.ready(3)
@@ -448,7 +452,7 @@ async def test_short_prompts_are_computed_where_they_are_answered(plane: Plane) 
     reasons: list[Reason] = []
     plane.pool = Pool(
         plane.links,
-        {kind: mode(RouterMode.ROUND_ROBIN) for kind in Kind},
+        in_turns(),
         disaggregated=True,
         on_leg=plane.legs.append,
         local=LocalPrefill(mode=LocalPrefillMode.SHORT, short_tokens=10),
@@ -519,7 +523,7 @@ async def test_an_adapter_is_asked_for_where_it_is_loaded(plane: Plane) -> None:
 
 async def test_an_adapter_is_offered_once_every_kind_of_worker_has_it(plane: Plane) -> None:
     """A prompt that is computed with it is worth nothing to a decode worker without."""
-    plane.pool = Pool(plane.links, {kind: mode(RouterMode.ROUND_ROBIN) for kind in Kind}, True, plane.legs.append)
+    plane.pool = Pool(plane.links, in_turns(), True, plane.legs.append)
     offered = []
     workers = [plane.add(Kind.PREFILL), plane.add(Kind.DECODE)]
     await plane.ready(2)

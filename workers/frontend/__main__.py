@@ -414,14 +414,13 @@ def part_of(recipe: Recipe, control: Control, name: str, every: Metrics, several
     router = router_of(recipe, plane)
     pool = Pool(
         workers,
-        router.choose,
+        router,
         recipe.disaggregated,
         lambda kind: metrics.legs(kind).inc(),
         needed=tuple(role.kind for role in recipe.roles),
         local=local_prefill(recipe),
         on_local=lambda reason: metrics.local_prefills(reason).inc(),
         on_resumed=metrics.resumed.inc,
-        router=router,
         attempts=recipe.failover.max_attempts,
     )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -23,7 +23,7 @@ from workers.frontend.kv_router import KvBooking
 from workers.frontend.links import LOST, Link
 from workers.frontend.local import LocalPrefill, Reason
 from workers.frontend.pairs import Pairs
-from workers.frontend.router import Mode, Router
+from workers.frontend.router import Router
 from workers.frontend.wishes import Wishes
 from workers.runtime import wire
 
@@ -124,18 +124,17 @@ class Pool:
     def __init__(
         self,
         links: Iterable[Link],
-        choose: Mapping[Kind, Mode],
+        router: Router,
         disaggregated: bool,
         on_leg: Callable[[Kind], None],
         needed: tuple[Kind, ...] | None = None,
         local: LocalPrefill | None = None,
         on_local: Callable[[Reason], None] = lambda reason: None,
         on_resumed: Callable[[], None] = lambda: None,
-        router: Router | None = None,
         attempts: int = 3,
     ) -> None:
         self._links = links
-        self.router = router or Router(choose=choose)
+        self.router = router
         self._needed = needed or ((Kind.PREFILL, Kind.DECODE) if disaggregated else (Kind.AGGREGATED,))
         self._local = local or LocalPrefill()
         self.disaggregated = disaggregated
