@@ -367,33 +367,33 @@ class Frontend:
     local_prefill_short_tokens: int
     local_prefill_behind_tokens: int
     local_prefill_room_tokens: int
-    tls_cert: str | None = None
-    tls_key: str | None = None
-    unix_socket: str | None = None
-    stored_responses: int = 1000
-    files_max_bytes: int = 1 << 30
-    batch_concurrency: int = 8
-    otlp_endpoint: str | None = None
-    router_overlap_weight: float = 2.0
-    router_load_weight: float = 0.4
-    router_balance_weight: float = 0.1
-    router_temperature: float = 0.0
-    router_ttl_s: float = 120.0
-    router_sessions: bool = False
-    router_direct: bool = False
-    max_connections: int = 16384
-    keep_alive_s: float = 75.0
-    request_timeout_s: float = 30.0
-    reader_timeout_s: float = 30.0
-    max_unsent_bytes: int = 1 << 20
-    busy_kv_usage: float = 0.99
-    busy_prefill_tokens: int = 0
-    busy_requests: int = 0
-    queue_requests: int = 512
-    queue_tokens: int = 0
-    queue_timeout_s: float = 30.0
-    requests_per_minute: int = 0
-    tokens_per_minute: int = 0
+    tls_cert: str | None
+    tls_key: str | None
+    unix_socket: str | None
+    stored_responses: int
+    files_max_bytes: int
+    batch_concurrency: int
+    otlp_endpoint: str | None
+    router_overlap_weight: float
+    router_load_weight: float
+    router_balance_weight: float
+    router_temperature: float
+    router_ttl_s: float
+    router_sessions: bool
+    router_direct: bool
+    max_connections: int
+    keep_alive_s: float
+    request_timeout_s: float
+    reader_timeout_s: float
+    max_unsent_bytes: int
+    busy_kv_usage: float
+    busy_prefill_tokens: int
+    busy_requests: int
+    queue_requests: int
+    queue_tokens: int
+    queue_timeout_s: float
+    requests_per_minute: int
+    tokens_per_minute: int
 
     def __post_init__(self) -> None:
         if (self.tls_cert is None) is not (self.tls_key is None):
