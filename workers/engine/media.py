@@ -23,7 +23,7 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from vllm.multimodal.media.audio import AudioMediaIO
 from vllm.multimodal.media.video import VideoMediaIO
 
-from workers.engine.video_limits import BoundedImages, BoundedLoader
+from workers.engine.video_limits import BoundedImages, BoundedLoader, Budget
 
 SHOWN_CHARS = 80
 # What vLLM reads audio with, and names only when it is missing.
@@ -103,8 +103,9 @@ def _prepare(media_io: Any) -> None:
     if isinstance(media_io, AudioMediaIO):
         need_audio()
     elif isinstance(media_io, VideoMediaIO):  # made anew for each video
-        media_io.video_loader = BoundedLoader(media_io.video_loader)
-        media_io.image_io = BoundedImages(media_io.image_io)
+        budget = Budget()
+        media_io.video_loader = BoundedLoader(media_io.video_loader, budget)
+        media_io.image_io = BoundedImages(media_io.image_io, budget)
 
 
 @contextlib.contextmanager
