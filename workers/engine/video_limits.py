@@ -1,4 +1,4 @@
-"""How much video one request may have decoded: frames that must be passed through, and pixels that are kept.
+"""How much video a prompt may have decoded: frames of each that must be passed through, and pixels that are kept of all.
 
 vLLM 0.32 bounds the size of a frame, and its loaders bound, each in its own way, the number of frames that they keep; not the length
 of the video that is decoded to get at them, nor the memory of what is kept. A file of some MB may have hours of frames that
@@ -26,7 +26,7 @@ CHANNELS = 3
 
 
 class Budget:
-    """Bytes of frames that may still be kept. Videos take from it in threads of their own."""
+    """Bytes of frames that may still be kept of a prompt's videos, which take from it in threads of their own."""
 
     def __init__(self, most_bytes: int = MAX_KEPT_BYTES) -> None:
         self._most = self._left = most_bytes
