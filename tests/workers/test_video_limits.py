@@ -91,6 +91,30 @@ def test_more_than_fits_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
             BoundedLoader(loader, Budget(10 * frame - 1)).load_bytes(content, num_frames=2, fps=2)
 
 
+def test_frames_that_only_a_scan_finds_are_counted() -> None:
+    """torchcodec's, whatever the header said."""
+    from vllm.exceptions import VLLMValidationError
+
+    assert kept("opencv", 21_600, (16, 16)) == 32
+    with pytest.raises(VLLMValidationError, match="21601 frames"):
+        kept("opencv", 21_601, (16, 16))
+
+
+@pytest.mark.parametrize("recovery", [False, True])
+def test_a_frame_is_as_large_as_it_was_counted(tmp_path: Path, recovery: bool) -> None:
+    """Also with frame_recovery, by which vLLM keeps frames of any size."""
+    from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
+
+    from workers.engine.video_limits import BoundedLoader, Budget, counting
+
+    loader, content = VIDEO_LOADER_REGISTRY.load("opencv"), film(tmp_path)
+    frames, _ = BoundedLoader(loader, Budget()).load_bytes(content, num_frames=4, frame_recovery=recovery)
+
+    assert frames.shape == (4, 48, 64, 3)
+    with pytest.raises(ValueError, match="a frame of 64x48 in a video of 32x48"):
+        counting(type(loader), Budget(), 32, 48)().load_bytes(content, num_frames=4, frame_recovery=recovery)
+
+
 def test_of_a_loader_that_does_not_say_all_frames_count(tmp_path: Path) -> None:
     """One that a plugin brought."""
     from vllm.exceptions import VLLMValidationError

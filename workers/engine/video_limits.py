@@ -86,13 +86,49 @@ def counting(kind: Any, budget: Budget, width: int, height: int) -> Any:
         def compute_frames_index_to_sample(cls, source: Any, target: Any, **options: Any) -> Any:
             """See VideoLoader; some loaders ask twice."""
             nonlocal taken
+            check(
+                source.total_frames_num, width, height
+            )  # a decoder that scans the file may find more than its header says
             kept = super().compute_frames_index_to_sample(source, target, **options)
             if len(kept) > taken:
                 budget.take(len(kept) - taken, width, height)
                 taken = len(kept)
             return kept
 
+        @classmethod
+        def read_frames(cls, cap: Any, *args: Any, **options: Any) -> Any:
+            """See VideoLoader; OpenCV's way only."""
+            return super().read_frames(Steady(cap, width, height), *args, **options)
+
     return Counting
+
+
+class Steady:
+    """OpenCV's capture, as long as its frames have the size that was counted.
+
+    The size may change within a video. vLLM writes frames into an array of the header's size, where another fails; but with
+    `frame_recovery` it keeps them as they come.
+    """
+
+    def __init__(self, capture: Any, width: int, height: int) -> None:
+        self._capture = capture
+        self._shape = (height, width)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._capture, name)
+
+    def retrieve(self) -> Any:
+        """See cv2.VideoCapture.
+
+        Raises:
+            ValueError: The frame has another size.
+        """
+        found, frame = self._capture.retrieve()
+        if found and frame.shape[:2] != self._shape:
+            raise ValueError(
+                f"a frame of {frame.shape[1]}x{frame.shape[0]} in a video of {self._shape[1]}x{self._shape[0]}"
+            )
+        return found, frame
 
 
 def _chooses(kind: Any) -> bool:
@@ -124,7 +160,11 @@ class BoundedImages:
 
 
 def shape(data: bytes) -> tuple[int, int, int]:
-    """Frames, width and height as the file's header has them; vLLM decodes no more than it says.
+    """Frames, width and height as the file's header has them, by OpenCV.
+
+    vLLM's OpenCV decoder goes no further than it says. Others (torchcodec, PyNvVideoCodec, DeepStream, which only a recipe brings)
+    count frames by themselves, and are checked again when they have (`counting`); their frames are taken to be of this size, which
+    a file with several streams may belie, up to vLLM's own limit for a frame.
 
     Raises:
         ValueError: It is no video.
