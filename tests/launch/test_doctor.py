@@ -113,6 +113,36 @@ def test_a_machine_as_its_profile_has_it_passes() -> None:
     assert {item.grade for item in doctor.judge_slurm(asked, LEONARDO)} == {Grade.OK}
 
 
+@pytest.mark.parametrize(
+    ("said", "grade", "what"),
+    [
+        pytest.param("nats-server: v2.15.1", Grade.OK, "v2.15.1", id="ours"),
+        pytest.param("nats-server: v2.10.4", Grade.OK, "v2.10.4", id="the first that can"),
+        pytest.param("nats-server: v2.10.3", Grade.FAILED, "2.10.4", id="the last that cannot"),
+        pytest.param("nats-server: v2.9.25", Grade.FAILED, "v2.9.25", id="an older one"),
+        pytest.param("Exec format error", Grade.WARNING, "Exec format error", id="one for other machines"),
+    ],
+)
+def test_an_old_nats_server_is_named(said: str, grade: Grade, what: str) -> None:
+    """With the lowest version that will do."""
+    found = doctor.judge_nats("/usr/bin/nats-server", said)
+
+    assert found.grade is grade
+    assert what in found.what
+    assert found.grade is Grade.OK or "2.10.4 or later" in str(found.fix)
+
+
+def test_the_nats_server_of_this_environment_will_do(tmp_path: Path) -> None:
+    """And a file that is no program is not taken for one."""
+    found = doctor.judge_servers(read(["+recipe=tiny_agg"]).recipe)
+    (tmp_path / "nats-server").write_bytes(b"\x7fELF")
+    (tmp_path / "nats-server").chmod(0o755)
+    odd = doctor.judge_nats("x", doctor.ask_version(str(tmp_path / "nats-server")))
+
+    assert [(item.name, item.grade) for item in found] == [("servers", Grade.OK), ("nats", Grade.OK)]
+    assert odd.grade is Grade.WARNING
+
+
 def test_another_processor_needs_another_environment() -> None:
     """x86 logins of aarch64 machines."""
     recipe = read(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from workers.frontend.errors import ApiError
-from workers.frontend.forms import read_form
+from workers.frontend.forms import MAX_PARTS, read_form
 from workers.frontend.http import Request
 
 EDGE = "edge-of-a-part"
@@ -55,6 +56,25 @@ def test_the_last_of_several_values_counts() -> None:
     found = read_form(request(form([("model", b"one", None), ("model", b"two", None), ("file", b"x", "a")])))
 
     assert (found.field("model"), found.field("language")) == ("two", "")
+
+
+def test_a_large_file_stays_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full is nothing to a client."""
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/null/full")
+    file = bytes(range(256)) * (3 << 12) + b"!"
+
+    assert read_form(request(form([("model", b"m", None), ("file", file, "a")]))).file == file
+
+
+@pytest.mark.parametrize("filename", [None, "b"])
+def test_parts_are_counted(filename: str | None) -> None:
+    """Fields and files alike; as many as may be are read."""
+    parts: list[Part] = [("file", b"x", "a"), *[("more", b"", filename)] * (MAX_PARTS - 1)]
+
+    assert read_form(request(form(parts))).file == b"x"
+    with pytest.raises(ApiError, match="more than 1000 parts") as refused:
+        read_form(request(form([*parts, ("model", b"m", None)])))
+    assert refused.value.status == 400
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from PIL import Image
 from launch.compose import read
 from launch.plan import plan
 from slurm.places import Place
+from tests.films import film
+from tests.system.test_media import picture
 from workers.engine.arguments import engine_environment
 
 # torch warns of itself while it is imported.
@@ -204,3 +207,35 @@ def test_what_encoders_made_is_forgotten_oldest_first(tmp_path: Path) -> None:
 
     assert left == {"1", "3"}
     assert {path.stem for path in tmp_path.iterdir()} == {"1"}
+
+
+def messages(count: int) -> list[Any]:
+    """What vLLM fetches the media of one prompt's messages with, one for each message."""
+    from vllm.renderers.chat_utils import AsyncMultiModalItemTracker
+
+    import workers.engine.media  # noqa: F401 - importing it puts the connector there
+
+    config = SimpleNamespace(multimodal_config=None, allowed_local_media_path="", allowed_media_domains=None)
+    tracker = AsyncMultiModalItemTracker(config, media_io_kwargs={"video": {"num_frames": 4}})
+    return [tracker.create_parser()._connector for _ in range(count)]
+
+
+async def test_the_videos_of_all_messages_share_a_budget(tmp_path: Path) -> None:
+    """As files and as pictures; those of another prompt have their own."""
+    from vllm.exceptions import VLLMValidationError
+
+    from workers.engine.video_limits import Budget
+
+    frame = 64 * 48 * 3
+    video = f"data:video/mp4;base64,{base64.b64encode(film(tmp_path)).decode()}"
+    pictures = "data:video/jpeg;base64," + picture("red", (64, 48), "JPEG").partition(",")[2]
+    first, second, third = messages(3)
+    first.budget = Budget(9 * frame)
+
+    assert len((await first.fetch_video_async(video)).media[0]) == 4
+    assert len(second.fetch_video(pictures).media[0]) == 1
+    assert len((await second.fetch_video_async(video)).media[0]) == 4
+    for url in (video, pictures):
+        with pytest.raises(VLLMValidationError, match=f"where 0 of {9 * frame} are left"):
+            await third.fetch_video_async(url)
+    assert len((await messages(1)[0].fetch_video_async(video)).media[0]) == 4

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import aiohttp
@@ -22,8 +22,9 @@ from vllm.multimodal import audio
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from vllm.multimodal.media.audio import AudioMediaIO
 from vllm.multimodal.media.video import VideoMediaIO
+from vllm.renderers.chat_utils import AsyncMultiModalContentParser, MultiModalContentParser
 
-from workers.engine.video_limits import BoundedImages, BoundedLoader
+from workers.engine.video_limits import BoundedImages, BoundedLoader, Budget
 
 SHOWN_CHARS = 80
 # What vLLM reads audio with, and names only when it is missing.
@@ -36,19 +37,25 @@ class GuardedConnector(MediaConnector):  # type: ignore[misc]  # mypy does not f
     """vLLM's media connector, closed where the recipe opens nothing.
 
     http and https want `allowed_media_domains`, file wants `allowed_local_media_path`; both are vLLM's engine arguments.
+    Videos of one connector share a budget; there is one connector for each prompt (see `_of_prompt`).
     """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """See MediaConnector."""
+        super().__init__(*args, **options)
+        self.budget = Budget()
 
     def load_from_url(self, url: str, media_io: Any, *, fetch_timeout: int | None = None) -> Any:
         """See MediaConnector; raises VLLMValidationError or VLLMUnprocessableEntityError, whatever is wrong."""
         self._refuse(url)
-        _prepare(media_io)
+        _prepare(media_io, self.budget)
         with _told(url):
             return super().load_from_url(url, media_io, fetch_timeout=fetch_timeout)
 
     async def load_from_url_async(self, url: str, media_io: Any, *, fetch_timeout: int | None = None) -> Any:
         """See MediaConnector; raises VLLMValidationError or VLLMUnprocessableEntityError, whatever is wrong."""
         self._refuse(url)
-        _prepare(media_io)
+        _prepare(media_io, self.budget)
         with _told(url):
             return await super().load_from_url_async(url, media_io, fetch_timeout=fetch_timeout)
 
@@ -79,6 +86,24 @@ class GuardedConnector(MediaConnector):  # type: ignore[misc]  # mypy does not f
             )
 
 
+def _of_prompt(made: Callable[[Any], Any]) -> property:
+    """A parser's connector: the one that other parsers of the same prompt have.
+
+    vLLM 0.32 makes a parser for each message, and with it a connector, but one tracker for all of a prompt.
+    """
+
+    def connector(parser: Any) -> Any:
+        kept = vars(parser._tracker)
+        if "connector" not in kept:
+            kept["connector"] = made(parser)
+        return kept["connector"]
+
+    return property(connector)
+
+
+for parser in (MultiModalContentParser, AsyncMultiModalContentParser):
+    parser._connector = _of_prompt(parser._connector.func)
+
 if importlib.util.find_spec("torchaudio") is None:
     # vLLM's choice for every model but one. Without it (it has no build for a CPU-only torch) all audio whose rate is not the
     # model's own would fail.
@@ -98,13 +123,13 @@ def need_audio() -> None:
         )
 
 
-def _prepare(media_io: Any) -> None:
+def _prepare(media_io: Any, budget: Budget) -> None:
     """Bound what decoding may cost, where vLLM does not."""
     if isinstance(media_io, AudioMediaIO):
         need_audio()
     elif isinstance(media_io, VideoMediaIO):  # made anew for each video
-        media_io.video_loader = BoundedLoader(media_io.video_loader)
-        media_io.image_io = BoundedImages(media_io.image_io)
+        media_io.video_loader = BoundedLoader(media_io.video_loader, budget)
+        media_io.image_io = BoundedImages(media_io.image_io, budget)
 
 
 @contextlib.contextmanager
