@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,10 @@ def temporary_files() -> set[str]:
     """What is in the temp folder and in shared memory under names of ours or of the engines."""
     marks = ("baton-", "vllm", "psm_", "torch", "ucx")
     return {
-        str(path) for folder in ("/tmp", "/dev/shm") for path in Path(folder).iterdir() if path.name.startswith(marks)
+        str(path)
+        for folder in (tempfile.gettempdir(), "/dev/shm")
+        for path in Path(folder).iterdir()
+        if path.name.startswith(marks)
     }
 
 

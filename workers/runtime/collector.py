@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 from collections.abc import Iterator
@@ -32,3 +33,6 @@ def for_good() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+        # What is frozen is not cleared away at the interpreter's end: C++ bindings would call it a leak, in so many lines
+        # that they bury the error which ended the process.
+        atexit.register(gc.unfreeze)
