@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from launch.recipe import Kind, LocalPrefillMode, RouterMode
 from slurm import ports
 from workers.engine import transfer
-from workers.engine.base import Ask
+from workers.engine.base import Ask, Piece
 from workers.engine.echo import EchoEngine
 from workers.engine.render import Choice
 from workers.engine.server import RequestServer
@@ -345,6 +345,26 @@ async def test_a_disaggregated_answer_takes_two_legs(plane: Plane) -> None:
     done = await answer(plane.pool, question(tokens=100), Relay(lambda data: None))
 
     assert plane.legs == [Kind.PREFILL, Kind.DECODE]
+    assert done.prompt_tokens == 100
+
+
+async def test_the_lease_runs_while_a_prefill_worker_stands_still(plane: Plane) -> None:
+    """What its engine was done with long before it could say so is computed again, and not pulled."""
+    plane.pool.disaggregated = True
+    prefill = plane.add(Kind.PREFILL)
+    plane.add(Kind.DECODE)
+    await plane.ready(2)
+    serve, late = prefill.engine.generate, [prefill.engine.sizes.lease_s]
+
+    async def generate(ask: Ask) -> AsyncIterator[Piece]:
+        async for piece in serve(ask):
+            piece.made_at -= late.pop() if late else 0.0
+            yield piece
+
+    prefill.engine.generate = generate  # type: ignore[method-assign]
+    done = await answer(plane.pool, question(tokens=100), Relay(lambda data: None))
+
+    assert plane.legs == [Kind.PREFILL, Kind.PREFILL, Kind.DECODE]
     assert done.prompt_tokens == 100
 
 

@@ -20,7 +20,9 @@ NO_MEMBERS = b'"logprobs":null'
 class Piece(msgspec.Struct, gc=False):  # made for every token: a struct of msgspec costs a third of a dataclass
     """What one engine step added to one stream.
 
-    `finish` is set on the last piece: stop, length, tool_calls, or repetition. `transfer` is set there by a prefill leg.
+    `finish` is set on the last piece: stop, length, tool_calls, or repetition. `transfer` is set there by a prefill leg, and
+    `made_at` says when its engine was done with it, by the monotonic clock of the node: the lease runs from then on, and not
+    from when somebody reads this.
     """
 
     ids: Sequence[int]
@@ -29,6 +31,7 @@ class Piece(msgspec.Struct, gc=False):  # made for every token: a struct of msgs
     stop_reason: int | str | None = None
     cached_tokens: int = 0
     transfer: dict[str, Any] | None = None
+    made_at: float = 0.0
     message: bytes | None = None
     """JSON of a chat's delta (or, at the end of a unary answer, of its message) where that is more than the text; b"" when
     this step has nothing to say to the client."""

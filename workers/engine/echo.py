@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 import types
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
@@ -115,7 +116,8 @@ class EchoEngine:
                 return
             async with self._slot():
                 if ask.prefill_only:
-                    yield Piece(ids=ask.prompt[:1], text="", finish="length", transfer=self._transfer(ask))
+                    passed, now = self._transfer(ask), time.monotonic()
+                    yield Piece(ids=ask.prompt[:1], text="", finish="length", transfer=passed, made_at=now)
                     return
                 if ask.transfer is not None:
                     transfer.unpack(ask.transfer, len(ask.prompt) + len(ask.produced), BLOCK_SIZE)

@@ -206,7 +206,9 @@ class RequestServer:
             if piece.finish:
                 if piece.transfer is None:
                     raise LostError("the prefill engine returned no transfer parameters")
-                expires_at = time.time() + self._engine.sizes.lease_s - transfer.MARGIN_S
+                # This process may have stood still since: the engine core's lease has not.
+                left_s = self._engine.sizes.lease_s - (time.monotonic() - piece.made_at) - transfer.MARGIN_S
+                expires_at = time.time() + left_s
                 tokens = len(ask.prompt) + len(ask.produced)
                 prefilled = wire.Prefilled(
                     key[1], transfer.pack(piece.transfer), expires_at, tokens, piece.cached_tokens

@@ -193,7 +193,13 @@ def _thrown_away(extra: dict[str, Any]) -> Any:
 def _prefilled(output: Any) -> Piece:
     choice = output.outputs[0]
     return Piece(
-        choice.token_ids, "", choice.finish_reason, None, output.num_cached_tokens or 0, output.kv_transfer_params
+        choice.token_ids,
+        "",
+        choice.finish_reason,
+        None,
+        output.num_cached_tokens or 0,
+        output.kv_transfer_params,
+        made_at=output.metrics.last_token_ts,  # the engine core's monotonic clock, which is its node's
     )
 
 
