@@ -273,7 +273,8 @@ def test_a_second_sigterm_ends_a_worker_at_once(split: Deployment) -> None:
     members = {name: split.pids()[name] for name in ("prefill-0", "prefill-1")}
     with ThreadPoolExecutor(4) as pool:
         with frozen(core_of(split, "decode-0")):
-            asked = [pool.submit(complete, split.client, f"twice {i}", False) for i in range(4)]
+            # Long enough that one prefill worker does not get them all.
+            asked = [pool.submit(complete, split.client, f"{i} " + "twice " * 300, False) for i in range(4)]
             until(lambda: split.metric("prefill-0", "baton_worker_kv_usage_ratio") > 0)
             os.kill(members["prefill-0"], signal.SIGTERM)
             told = time.monotonic()

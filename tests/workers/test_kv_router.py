@@ -162,6 +162,7 @@ def test_a_conversation_leaves_a_worker_that_did_far_more_than_the_others() -> N
     """It stays where it is cached while the others did as much, and does not for the sake of a short prefix."""
     fleet = Fleet("ab")
     fleet.caches("a", PROMPT)
+    assert fleet.pick(PROMPT) == "a"
     fleet.kv.shares.note(("a", 0), 40_000)
     assert fleet.pick(PROMPT) == "b"
     fleet.kv.shares.note(("b", 0), 40_000)
@@ -173,18 +174,29 @@ def test_work_counts_half_after_half_a_minute(given: list[tuple[str, int, float]
     """Whatever is noted when; and nothing is kept of workers that got nothing for long."""
     now = 0.0
     shares = Shares(lambda: now)
+    keys = [(name, 0) for name in "abc"]
+    shares.of(keys)
     exact = dict.fromkeys("abc", 0.0)
     for name, tokens, passed in given:
         now += passed
         exact = {key: value * 0.5 ** (passed / 30) for key, value in exact.items()}
         exact[name] += tokens + 64
         shares.note((name, 0), tokens)
-    kept = shares.of([(name, 0) for name in "abc"])
+    kept = shares.of(keys)
     # It fades in steps of a second, and forgets less than a token.
     assert all(0.97 * value - 2 <= found <= value / 0.97 + 2 for found, value in zip(kept, exact.values(), strict=True))
     now += 3600
-    assert shares.of([("a", 0)]) == [0.0]
-    assert len(shares) == 0
+    assert shares.of([("a", 0)]) == [1.0]
+    assert len(shares) == 1
+
+
+def test_a_worker_that_comes_back_gets_no_more_than_its_part() -> None:
+    """It begins with as much as the one that was given least, not with nothing."""
+    shares = Shares(lambda: 0.0)
+    shares.of([("a", 0), ("b", 0)])
+    shares.note(("a", 0), 9000)
+    shares.note(("b", 0), 5000)
+    assert shares.of([("a", 0), ("b", 0), ("c", 0)])[1:] == [5065.0, 5065.0]
 
 
 def test_what_was_sent_is_expected_before_events_tell() -> None:

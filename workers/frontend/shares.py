@@ -13,6 +13,7 @@ from workers.frontend.book import Key
 
 HALF_S = 30.0
 STEP_S = 1.0
+FORGOTTEN = 1e-6
 REQUEST_TOKENS = 64
 """Prompt tokens that a request counts for beside those to be computed: its answer, of which nothing is known yet."""
 
@@ -32,10 +33,18 @@ class Shares:
         self._given[key] = self._given.get(key, 0.0) + tokens + REQUEST_TOKENS
 
     def of(self, keys: Sequence[Key]) -> list[float]:
-        """What each of these was given lately."""
+        """What each of these was given lately, in whole tokens; who is seen for the first time begins with as much as the least of the others.
+
+        Else a worker that comes back would get all requests until it has caught up.
+        """
         self._fade()
         given = self._given
-        return [given.get(key, 0.0) for key in keys]
+        try:
+            return [given[key] // 1 for key in keys]
+        except KeyError:
+            # The first ones begin with a token: nothing at all would be forgotten at once.
+            least = min((given[key] for key in keys if key in given), default=1.0)
+            return [given.setdefault(key, least) // 1 for key in keys]
 
     def __len__(self) -> int:
         """Number of workers of which something is kept."""
@@ -46,5 +55,5 @@ class Shares:
         if passed >= STEP_S:
             self._at += passed
             rest = 0.5 ** (passed / HALF_S)
-            # Less than a token is nothing: so workers that left are forgotten.
-            self._given = {key: left for key, before in self._given.items() if (left := before * rest) >= 1}
+            # Workers that left are forgotten, ten minutes and more after their last work.
+            self._given = {key: left for key, before in self._given.items() if (left := before * rest) >= FORGOTTEN}
