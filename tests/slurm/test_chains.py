@@ -139,7 +139,7 @@ def test_no_request_fails_when_the_next_job_takes_over(tmp_path: Path, tiny_mode
     ready, and nobody notices. A stream at the old one ends whole; who asks that one once its grace is over is told where to go.
     """
     words = (*SHAPE, f"model.path=tiny:{tiny_model}", "chain=2", "slurm.time_min=2", "engine.drain_s=9")
-    more = ("engine.echo_interval_s=0.05", "handover.grace_s=2", "handover.margin_s=90")
+    more = ("engine.echo_interval_s=0.05", "handover.grace_s=2", "handover.margin_s=80")
     chain = Chain(tmp_path / "runs" / "row")
     first, second = chain.link(1), chain.link(2)
     launched = operator.launch(*words, *more, name="row")
