@@ -96,7 +96,8 @@ def test_one_load_picture_for_all_frontends(fleet: Deployment) -> None:
             assert post(fleet, 1, prompt(64)).status_code == 200
             return kv(fleet, "requests_total", "frontend-1", worker=idle) == already + 1
 
-        until(goes_to_the_idle_one, 5)  # the books travel by NATS, some 20 ms after what they tell of
+        # The books travel by NATS, some 20 ms after what they tell of; once is by chance one time in four.
+        until(lambda: all(goes_to_the_idle_one() for _ in range(3)), 15)
         assert [goes_to_the_idle_one() for _ in range(6)] == [True] * 6
     until(lambda: _streams(fleet) == 0, 10)
 
