@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from launch.tiny_senses import Sense
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from tokenizers import AddedToken
 
     Array = npt.NDArray[np.float32]
 
@@ -32,47 +33,23 @@ AUDIO = "<|audio|>"
 TOKENS = (AUDIO, "<|begin_of_audio|>", "<|end_of_audio|>")
 # Large, so that other sounds give other answers.
 SOUND_SPREAD = 4.0
-CHAT_TEMPLATE = """\
-{{- '<|begin|>' }}
-{%- for message in messages %}
-{%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}
-{{- raise_exception('unknown role: ' ~ message.role) }}
-{%- endif %}
-{{- '<|' ~ message.role ~ '|>\\n' }}
-{%- if message.content is string %}{{ message.content }}{% else %}
-{%- for content in message.content %}
-{%- if content.type == 'audio' %}{{ '<|begin_of_audio|><|audio|><|end_of_audio|>' }}{% else %}{{ content.text }}{% endif %}
-{%- endfor %}
-{%- endif %}
-{{- '<|end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
+PARTS = """\
+{%- if content.type == 'audio' %}{{ '<|begin_of_audio|><|audio|><|end_of_audio|>' }}{% else %}{{ content.text }}{% endif %}"""
 
 
-class Hearing:
-    """The parts that a text model is given beside its own.
-
-    Args:
-        matrix: Makes a random matrix `(rows, columns)` that keeps, or multiplies by its third argument, standard deviations.
-        text_vocab: Tokens of the text model; those of audio follow them.
-        text_hidden: Width of the text model.
-    """
+class Hearing(Sense):
+    """The parts that a text model is given beside its own."""
 
     def __init__(self, matrix: Callable[..., Array], *, text_vocab: int, text_hidden: int) -> None:
-        self._matrix = matrix
-        self._text_vocab = text_vocab
-        self._text_hidden = text_hidden
-        self.tokenizer_config: dict[str, Any] = {
-            "chat_template": CHAT_TEMPLATE,
-            "processor_class": "GlmAsrProcessor",
-            "additional_special_tokens": list(TOKENS),
-        }
-
-    def added_tokens(self) -> list[AddedToken]:
-        """The tokens of audio, in the order of their ids."""
-        from tokenizers import AddedToken
-
-        return [AddedToken(token, special=True, normalized=False) for token in TOKENS]
+        super().__init__(
+            matrix,
+            text_vocab=text_vocab,
+            text_hidden=text_hidden,
+            tokens=TOKENS,
+            processor="GlmAsrProcessor",
+            parts=PARTS,
+            hidden=HIDDEN,
+        )
 
     def config(self, text: dict[str, Any]) -> dict[str, Any]:
         """config.json, from that of the text model."""
@@ -124,13 +101,8 @@ class Hearing:
 
     def weights(self, text: dict[str, Array]) -> dict[str, Array]:
         """Each tensor, under the name that Hugging Face's GLM-ASR gives it; the text model's are those given."""
-        import numpy
-
         found = {f"language_model.{name}": tensor for name, tensor in text.items()}
-        embeddings, head = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
-        more = self._matrix(len(TOKENS), self._text_hidden, self._text_hidden**0.5)
-        found[embeddings] = numpy.concatenate([found[embeddings], more])
-        found[head] = numpy.concatenate([found[head], numpy.zeros_like(more)])  # never won, as the other specials
+        found = self._with_tokens(found, "language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
         width = self._text_hidden
         found |= self._linear("multi_modal_projector.linear_1", 2 * width, INNER)
         found |= self._linear("multi_modal_projector.linear_2", width, 2 * width, SOUND_SPREAD)
@@ -154,17 +126,3 @@ class Hearing:
 
         weight = self._matrix(HIDDEN, channels * KERNEL, spread).reshape(HIDDEN, channels, KERNEL)
         return {f"{name}.weight": weight, f"{name}.bias": numpy.zeros(HIDDEN, dtype=numpy.float32)}
-
-    def _linear(self, name: str, rows: int, columns: int, spread: float = 1.0) -> dict[str, Array]:
-        import numpy
-
-        bias = numpy.zeros(rows, dtype=numpy.float32)
-        return {f"{name}.weight": self._matrix(rows, columns, spread), f"{name}.bias": bias}
-
-    def _norm(self, name: str) -> dict[str, Array]:
-        import numpy
-
-        return {
-            f"{name}.weight": numpy.ones(HIDDEN, dtype=numpy.float32),
-            f"{name}.bias": numpy.zeros(HIDDEN, dtype=numpy.float32),
-        }

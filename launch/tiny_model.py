@@ -48,6 +48,7 @@ SPECIALS = (PAD, BEGIN, END, "<|system|>", "<|user|>", "<|assistant|>", "<|tool|
 MARKS = ("<think>", "</think>")
 
 STAMP = "tiny_model.stamp.json"
+SHARED_PARTS = "tiny_senses.py"
 # The module beside this one that makes the further parts of each kind, and what shifts the seed of their random numbers.
 PARTS = {
     Tiny.VISION: ("tiny_vision.py", 1 << 32),
@@ -172,7 +173,8 @@ def main() -> None:
 
 def _recipe(kind: Tiny, seed: int) -> dict[str, Any]:
     """What makes two models equal: the sources, the kind and the seed."""
-    sources = [Path(__file__)] + ([Path(__file__).with_name(PARTS[kind][0])] if kind in PARTS else [])
+    more = (PARTS[kind][0], SHARED_PARTS) if kind in PARTS else ()
+    sources = [Path(__file__), *(Path(__file__).with_name(name) for name in more)]
     return {"sources": [_digest(path) for path in sources], "kind": str(kind), "seed": seed}
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from launch.tiny_senses import Sense
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from tokenizers import AddedToken
 
     Array = npt.NDArray[np.float32]
 
@@ -30,49 +31,25 @@ HEADS = 2
 TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 # Large, so that other pictures give other answers.
 PIXEL_SPREAD = 4.0
-CHAT_TEMPLATE = """\
-{{- '<|begin|>' }}
-{%- for message in messages %}
-{%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}
-{{- raise_exception('unknown role: ' ~ message.role) }}
-{%- endif %}
-{{- '<|' ~ message.role ~ '|>\\n' }}
-{%- if message.content is string %}{{ message.content }}{% else %}
-{%- for content in message.content %}
+PARTS = """\
 {%- if content.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
 {%- elif content.type == 'video' %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}
-{%- else %}{{ content.text }}{% endif %}
-{%- endfor %}
-{%- endif %}
-{{- '<|end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
+{%- else %}{{ content.text }}{% endif %}"""
 
 
-class Watching:
-    """The parts that a text model is given beside its own.
-
-    Args:
-        matrix: Makes a random matrix `(rows, columns)` that keeps, or multiplies by its third argument, standard deviations.
-        text_vocab: Tokens of the text model; those of pictures follow them.
-        text_hidden: Width of the text model.
-    """
+class Watching(Sense):
+    """The parts that a text model is given beside its own."""
 
     def __init__(self, matrix: Callable[..., Array], *, text_vocab: int, text_hidden: int) -> None:
-        self._matrix = matrix
-        self._text_vocab = text_vocab
-        self._text_hidden = text_hidden
-        self.tokenizer_config: dict[str, Any] = {
-            "chat_template": CHAT_TEMPLATE,
-            "processor_class": "Qwen2VLProcessor",
-            "additional_special_tokens": list(TOKENS),
-        }
-
-    def added_tokens(self) -> list[AddedToken]:
-        """The tokens of pictures, in the order of their ids."""
-        from tokenizers import AddedToken
-
-        return [AddedToken(token, special=True, normalized=False) for token in TOKENS]
+        super().__init__(
+            matrix,
+            text_vocab=text_vocab,
+            text_hidden=text_hidden,
+            tokens=TOKENS,
+            processor="Qwen2VLProcessor",
+            parts=PARTS,
+            hidden=HIDDEN,
+        )
 
     def config(self, text: dict[str, Any]) -> dict[str, Any]:
         """config.json, from that of the text model."""
@@ -128,15 +105,10 @@ class Watching:
 
     def weights(self, text: dict[str, Array]) -> dict[str, Array]:
         """Each tensor, under the name that Hugging Face's Qwen2-VL gives it; the text model's are those given."""
-        import numpy
-
         found = {
             name: tensor for name, tensor in text.items() if not name.endswith("o_proj.bias")
         }  # zero, and not there
-        embeddings, head = "model.embed_tokens.weight", "lm_head.weight"
-        more = self._matrix(len(TOKENS), self._text_hidden, self._text_hidden**0.5)
-        found[embeddings] = numpy.concatenate([found[embeddings], more])
-        found[head] = numpy.concatenate([found[head], numpy.zeros_like(more)])  # never won, as the other specials
+        found = self._with_tokens(found, "model.embed_tokens.weight", "lm_head.weight")
         found.update({f"visual.{name}": tensor for name, tensor in self._tower().items()})
         return found
 
@@ -153,17 +125,3 @@ class Watching:
         merged = HIDDEN * MERGE_SIZE**2
         found |= self._linear("merger.mlp.0", merged, merged)
         return found | self._linear("merger.mlp.2", self._text_hidden, merged, PIXEL_SPREAD)
-
-    def _linear(self, name: str, rows: int, columns: int, spread: float = 1.0) -> dict[str, Array]:
-        import numpy
-
-        bias = numpy.zeros(rows, dtype=numpy.float32)
-        return {f"{name}.weight": self._matrix(rows, columns, spread), f"{name}.bias": bias}
-
-    def _norm(self, name: str) -> dict[str, Array]:
-        import numpy
-
-        return {
-            f"{name}.weight": numpy.ones(HIDDEN, dtype=numpy.float32),
-            f"{name}.bias": numpy.zeros(HIDDEN, dtype=numpy.float32),
-        }

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from launch.tiny_senses import Sense
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from tokenizers import AddedToken
 
     Array = npt.NDArray[np.float32]
 
@@ -33,47 +34,23 @@ IMAGE = "<image>"
 TOKENS = (IMAGE, "<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
 # Large, so that images of other colours give other answers.
 PIXEL_SPREAD = 4.0
-CHAT_TEMPLATE = """\
-{{- '<|begin|>' }}
-{%- for message in messages %}
-{%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}
-{{- raise_exception('unknown role: ' ~ message.role) }}
-{%- endif %}
-{{- '<|' ~ message.role ~ '|>\\n' }}
-{%- if message.content is string %}{{ message.content }}{% else %}
-{%- for content in message.content %}
-{%- if content.type == 'image' %}{{ '<image>' }}{% else %}{{ content.text }}{% endif %}
-{%- endfor %}
-{%- endif %}
-{{- '<|end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
+PARTS = """\
+{%- if content.type == 'image' %}{{ '<image>' }}{% else %}{{ content.text }}{% endif %}"""
 
 
-class Vision:
-    """The parts that a text model is given beside its own.
-
-    Args:
-        matrix: Makes a random matrix `(rows, columns)` that keeps, or multiplies by its third argument, standard deviations.
-        text_vocab: Tokens of the text model; those of images follow them.
-        text_hidden: Width of the text model.
-    """
+class Vision(Sense):
+    """The parts that a text model is given beside its own."""
 
     def __init__(self, matrix: Callable[..., Array], *, text_vocab: int, text_hidden: int) -> None:
-        self._matrix = matrix
-        self._text_vocab = text_vocab
-        self._text_hidden = text_hidden
-        self.tokenizer_config: dict[str, Any] = {
-            "chat_template": CHAT_TEMPLATE,
-            "processor_class": "Idefics3Processor",
-            "additional_special_tokens": list(TOKENS),
-        }
-
-    def added_tokens(self) -> list[AddedToken]:
-        """The tokens of images, in the order of their ids."""
-        from tokenizers import AddedToken
-
-        return [AddedToken(token, special=True, normalized=False) for token in TOKENS]
+        super().__init__(
+            matrix,
+            text_vocab=text_vocab,
+            text_hidden=text_hidden,
+            tokens=TOKENS,
+            processor="Idefics3Processor",
+            parts=PARTS,
+            hidden=HIDDEN,
+        )
 
     def config(self, text: dict[str, Any]) -> dict[str, Any]:
         """config.json, from that of the text model."""
@@ -125,16 +102,11 @@ class Vision:
 
     def weights(self, text: dict[str, Array]) -> dict[str, Array]:
         """Each tensor, under the name that Hugging Face's Idefics3 gives it; the text model's are those given."""
-        import numpy
-
         found = {
             f"model.text_model.{name.removeprefix('model.')}" if name.startswith("model.") else name: tensor
             for name, tensor in text.items()
         }
-        embeddings, head = "model.text_model.embed_tokens.weight", "lm_head.weight"
-        more = self._matrix(len(TOKENS), self._text_hidden, self._text_hidden**0.5)
-        found[embeddings] = numpy.concatenate([found[embeddings], more])
-        found[head] = numpy.concatenate([found[head], numpy.zeros_like(more)])  # never won, as the other specials
+        found = self._with_tokens(found, "model.text_model.embed_tokens.weight", "lm_head.weight")
         found["model.connector.modality_projection.proj.weight"] = self._matrix(
             self._text_hidden, HIDDEN * SCALE_FACTOR**2
         )
@@ -158,17 +130,3 @@ class Vision:
                 found |= self._linear(f"{layer}.self_attn.{name}", HIDDEN, HIDDEN)
             found |= self._linear(f"{layer}.mlp.fc1", INNER, HIDDEN) | self._linear(f"{layer}.mlp.fc2", HIDDEN, INNER)
         return found
-
-    def _linear(self, name: str, rows: int, columns: int) -> dict[str, Array]:
-        import numpy
-
-        bias = numpy.zeros(rows, dtype=numpy.float32)
-        return {f"{name}.weight": self._matrix(rows, columns), f"{name}.bias": bias}
-
-    def _norm(self, name: str) -> dict[str, Array]:
-        import numpy
-
-        return {
-            f"{name}.weight": numpy.ones(HIDDEN, dtype=numpy.float32),
-            f"{name}.bias": numpy.zeros(HIDDEN, dtype=numpy.float32),
-        }
