@@ -26,13 +26,9 @@ from launch.tiny_model import make_tiny_model
 from tests.deployments import Deployment, deployed
 from tests.parity import Case, answer, joined, plain
 from tests.reference import plain_vllm
-from tests.system.test_media import asked, kept, said, seen
-from tests.system.test_resume import HEAD, Recorder, client_sees, counted, pool
-from workers.frontend.exchange import Pool, Question
-from workers.frontend.exchange import answer as ask
-from workers.frontend.openai import options
-from workers.frontend.sources import source
-from workers.runtime import wire
+from tests.system.test_media import asked, goes_on_as_if_not_cut, kept, said, seen
+from tests.system.test_resume import pool
+from workers.frontend.exchange import Pool
 
 av: Any = pytest.importorskip("av", reason="vLLM reads audio with av and soundfile")
 pytest.importorskip("soundfile", reason="vLLM reads audio with av and soundfile")
@@ -370,25 +366,7 @@ def test_a_recording_that_is_too_large_is_refused(deployment: Deployment) -> Non
 async def test_an_answer_about_audio_goes_on_as_if_it_had_not_been_cut(pool: Pool, stream: bool) -> None:
     """Another worker makes the prompt again, and goes on with the ids so far; usage counts each token once."""
     case = asked("What is this?", heard(LOW), max_tokens=20)
-    question = Question(
-        request_id=f"cut-{stream}",
-        prompt=b"",
-        source=source(messages=case.body["messages"]),
-        media=True,
-        render=wire.Render(wire.Shape.CHAT, stream, False, HEAD, "}", 0),
-        options=options(case.body),
-        max_tokens=case.body["max_tokens"],
-    )
-    whole = Recorder()
-    last = await ask(pool, question, whole)
-    expected = client_sees(whole.data + last.data, stream)
-    for cut in (1, 19):
-        ids, told = whole.after(cut)
-        rest = Recorder(ids)
-        end = await ask(pool, question, rest)
-
-        assert client_sees(told + rest.data + end.data, stream) == expected, cut
-        assert counted(end) == counted(last)
+    await goes_on_as_if_not_cut(pool, case, stream, (1, 19))
 
 
 def test_the_cache_of_audio_really_moves(deployment: Deployment) -> None:

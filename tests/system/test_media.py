@@ -7,7 +7,7 @@ import hashlib
 import io
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -230,10 +230,9 @@ def test_media_that_were_named_need_not_be_sent_again(deployment: Deployment) ->
     assert second == first
 
 
-@pytest.mark.parametrize("stream", STREAMED, ids=["unary", "streamed"])
-async def test_an_answer_about_an_image_goes_on_as_if_it_had_not_been_cut(pool: Pool, stream: bool) -> None:
-    """Another worker makes the prompt again, and goes on with the ids so far; usage counts each token once."""
-    case = asked("What is this?", seen(RED), max_tokens=20)
+async def goes_on_as_if_not_cut(pool: Pool, case: Case, stream: bool, cuts: Sequence[int]) -> None:
+    """Cut the answer to a chat after so many tokens: another worker makes the prompt again, and goes on with the ids so far; the
+    client sees the same, and usage counts each token once."""
     question = Question(
         request_id=f"cut-{stream}",
         prompt=b"",
@@ -241,18 +240,25 @@ async def test_an_answer_about_an_image_goes_on_as_if_it_had_not_been_cut(pool: 
         media=True,
         render=wire.Render(wire.Shape.CHAT, stream, False, HEAD, "}", 0),
         options=options(case.body),
-        max_tokens=case.body["max_tokens"],
+        max_tokens=20,
     )
     whole = Recorder()
     last = await ask(pool, question, whole)
     expected = client_sees(whole.data + last.data, stream)
-    for cut in (1, 7, 19):
+    for cut in cuts:
         ids, told = whole.after(cut)
         rest = Recorder(ids)
         end = await ask(pool, question, rest)
 
         assert client_sees(told + rest.data + end.data, stream) == expected, cut
         assert counted(end) == counted(last)
+
+
+@pytest.mark.parametrize("stream", STREAMED, ids=["unary", "streamed"])
+async def test_an_answer_about_an_image_goes_on_as_if_it_had_not_been_cut(pool: Pool, stream: bool) -> None:
+    """Another worker makes the prompt again, and goes on with the ids so far; usage counts each token once."""
+    case = asked("What is this?", seen(RED), max_tokens=20)
+    await goes_on_as_if_not_cut(pool, case, stream, (1, 7, 19))
 
 
 def test_media_are_encoded_where_the_recipe_says(deployment: Deployment) -> None:

@@ -21,13 +21,9 @@ from tests.deployments import Deployment, deployed
 from tests.films import film
 from tests.parity import Case, answer
 from tests.reference import plain_vllm
-from tests.system.test_media import BLUE, RED, asked, picture, said, seen
-from tests.system.test_resume import HEAD, Recorder, client_sees, counted, pool
-from workers.frontend.exchange import Pool, Question
-from workers.frontend.exchange import answer as ask
-from workers.frontend.openai import options
-from workers.frontend.sources import source
-from workers.runtime import wire
+from tests.system.test_media import BLUE, RED, asked, goes_on_as_if_not_cut, picture, said, seen
+from tests.system.test_resume import pool
+from workers.frontend.exchange import Pool
 
 assert pool  # the fixture, over this module's deployment
 TORCHVISION = os.environ.get("BATON_TORCHVISION", "")
@@ -195,25 +191,7 @@ async def test_an_answer_about_a_video_goes_on_as_if_it_had_not_been_cut(
 ) -> None:
     """Another worker makes the prompt again, and goes on with the ids so far, at their positions."""
     case = cases["a video"]
-    question = Question(
-        request_id=f"cut-{stream}",
-        prompt=b"",
-        source=source(messages=case.body["messages"]),
-        media=True,
-        render=wire.Render(wire.Shape.CHAT, stream, False, HEAD, "}", 0),
-        options=options(case.body),
-        max_tokens=20,
-    )
-    whole = Recorder()
-    last = await ask(pool, question, whole)
-    expected = client_sees(whole.data + last.data, stream)
-    for cut in (1, 19):
-        ids, told = whole.after(cut)
-        rest = Recorder(ids)
-        end = await ask(pool, question, rest)
-
-        assert client_sees(told + rest.data + end.data, stream) == expected, cut
-        assert counted(end) == counted(last)
+    await goes_on_as_if_not_cut(pool, case, stream, (1, 19))
 
 
 def test_the_cache_of_a_video_really_moves(deployment: Deployment, cases: dict[str, Case]) -> None:
