@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,45 +36,38 @@ class Sense:
         matrix: Makes a random matrix `(rows, columns)` that keeps, or multiplies by its third argument, standard deviations.
         text_vocab: Tokens of the text model; those of the medium follow them.
         text_hidden: Width of the text model.
-        tokens: The tokens of the medium, in the order of their ids.
-        processor: Class of its processor.
-        parts: What the chat template makes of `content`, one part of a message.
-        hidden: Width of its tower.
     """
 
-    def __init__(
-        self,
-        matrix: Callable[..., Array],
-        *,
-        text_vocab: int,
-        text_hidden: int,
-        tokens: Sequence[str],
-        processor: str,
-        parts: str,
-        hidden: int,
-    ) -> None:
+    tokens: ClassVar[Sequence[str]]
+    """The tokens of the medium, in the order of their ids."""
+    processor: ClassVar[str]
+    """Class of its processor."""
+    parts: ClassVar[str]
+    """What the chat template makes of `content`, one part of a message."""
+    hidden: ClassVar[int]
+    """Width of its tower."""
+
+    def __init__(self, matrix: Callable[..., Array], *, text_vocab: int, text_hidden: int) -> None:
         self._matrix = matrix
         self._text_vocab = text_vocab
         self._text_hidden = text_hidden
-        self._tokens = tokens
-        self._hidden = hidden
         self.tokenizer_config: dict[str, Any] = {
-            "chat_template": CHAT_TEMPLATE.replace("PARTS", parts),
-            "processor_class": processor,
-            "additional_special_tokens": list(tokens),
+            "chat_template": CHAT_TEMPLATE.replace("PARTS", self.parts),
+            "processor_class": self.processor,
+            "additional_special_tokens": list(self.tokens),
         }
 
     def added_tokens(self) -> list[AddedToken]:
         """The tokens of the medium, in the order of their ids."""
         from tokenizers import AddedToken
 
-        return [AddedToken(token, special=True, normalized=False) for token in self._tokens]
+        return [AddedToken(token, special=True, normalized=False) for token in self.tokens]
 
     def _with_tokens(self, found: dict[str, Array], embeddings: str, head: str) -> dict[str, Array]:
         """The tensors with rows for the tokens of the medium; as the other specials they are never won."""
         import numpy
 
-        more = self._matrix(len(self._tokens), self._text_hidden, self._text_hidden**0.5)
+        more = self._matrix(len(self.tokens), self._text_hidden, self._text_hidden**0.5)
         rows = {embeddings: more, head: numpy.zeros_like(more)}
         return found | {name: numpy.concatenate([found[name], added]) for name, added in rows.items()}
 
@@ -88,6 +81,6 @@ class Sense:
         import numpy
 
         return {
-            f"{name}.weight": numpy.ones(self._hidden, dtype=numpy.float32),
-            f"{name}.bias": numpy.zeros(self._hidden, dtype=numpy.float32),
+            f"{name}.weight": numpy.ones(self.hidden, dtype=numpy.float32),
+            f"{name}.bias": numpy.zeros(self.hidden, dtype=numpy.float32),
         }

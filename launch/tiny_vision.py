@@ -6,7 +6,6 @@ tiny model's own weights are used as they are. An image is cut into tiles, so th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from launch.tiny_senses import Sense
@@ -41,16 +40,10 @@ PARTS = """\
 class Vision(Sense):
     """The parts that a text model is given beside its own."""
 
-    def __init__(self, matrix: Callable[..., Array], *, text_vocab: int, text_hidden: int) -> None:
-        super().__init__(
-            matrix,
-            text_vocab=text_vocab,
-            text_hidden=text_hidden,
-            tokens=TOKENS,
-            processor="Idefics3Processor",
-            parts=PARTS,
-            hidden=HIDDEN,
-        )
+    tokens = TOKENS
+    processor = "Idefics3Processor"
+    parts = PARTS
+    hidden = HIDDEN
 
     def config(self, text: dict[str, Any]) -> dict[str, Any]:
         """config.json, from that of the text model."""
